@@ -1,0 +1,50 @@
+"""effllm makes Hugging Face models small and fast.
+
+Importing it registers the `effllm` format with transformers, at once or as soon as transformers builds models, so that
+`AutoModelForCausalLM.from_pretrained` opens compressed folders. Everything else is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import effllm.methods as _package  # bound before `methods()` below, so that the function keeps the name
+from effllm.registration import register_on_import
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from effllm.dry_run import plan as plan
+    from effllm.hf import load as load
+    from effllm.measure.evaluate import evaluate as evaluate
+    from effllm.method import Method
+    from effllm.pipeline import compress as compress
+    from effllm.pipeline import compress_folder as compress_folder
+    from effllm.plans import Plan as Plan
+
+_LAZY = {
+    "Plan": "effllm.plans",
+    "compress": "effllm.pipeline",
+    "compress_folder": "effllm.pipeline",
+    "evaluate": "effllm.measure.evaluate",
+    "load": "effllm.hf",
+    "plan": "effllm.dry_run",
+}
+__all__ = ["Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan"]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every registered method by name; the class docstring is its documentation."""
+    from effllm.method import methods as registered
+
+    return registered()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'effllm' has no attribute {name!r}")
+
+
+register_on_import()

@@ -1,0 +1,259 @@
+"""The command line. Results go to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effllm.errors import EffllmError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Makes Hugging Face models small and fast.\n\n"
+    "First steps: [bold]effllm plan demo[/], [bold]effllm compress demo[/], [bold]effllm eval demo-layerwise-4bit[/].",
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, 'demo', an alias such as llama-7b, or a hub id.")]
+PlanOption = Annotated[str, typer.Option("--plan", help="A preset (see 'effllm methods') or a plan file (.yaml).")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="GLOB=METHOD:key=value,... What these sites get, whatever the plan says. Repeatable."),
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option("--exclude", help="GLOB of sites left as they are. Repeatable.")
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        help="Text to learn from: a file, a folder, or a datasets id as id:config:split:column; @weight sets its share. "
+        "Repeatable. Default: the slice of public-domain books in the package.",
+    ),
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows (64).")]
+LengthOption = Annotated[int | None, typer.Option("--sequence-length", min=8, help="Tokens a window (512).")]
+ScoreOption = Annotated[
+    str | None, typer.Option("--score", help="What orders the blocks: lim, zd, random, reversed (as the plan says).")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, mps.")]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 for the arithmetic and what stays dense.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (all cores).")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say on stderr what is being done.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("effllm").setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@app.command(epilog="Example: effllm compress llama-7b --plan layerwise-4bit --out llama-4bit")
+def compress(
+    model: ModelArgument,
+    plan: PlanOption = "layerwise-4bit",
+    out: Annotated[Path | None, typer.Option("--out", help="Output folder (./NAME-PLAN).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier effllm output.")] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option("--check/--no-check", help="Measure KL and perplexity of the result (where the plan used data)."),
+    ] = None,
+    set_: SetOption = None,
+    exclude: ExcludeOption = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    score: ScoreOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model folder into a packed one that from_pretrained loads. Killed? The same command resumes."""
+    import effllm
+
+    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
+    result = effllm.compress_folder(
+        model, out, wanted, overwrite=overwrite, check=check, device=_device(device, threads), dtype=_dtype(dtype),
+        seed=seed, revision=revision,
+    )  # fmt: skip
+    if as_json:
+        _print(result.model_dump_json(indent=2))
+    else:
+        from effllm.tables import show_result
+
+        show_result(result)
+
+
+@app.command(epilog="Example: effllm plan llama-7b --plan layerwise-4bit --context 8192 -o plan.yaml")
+def plan(
+    model: ModelArgument,
+    plan: PlanOption = "layerwise-4bit",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the plan to a file that replays exactly.")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for the memory estimate.")] = 4096,
+    set_: SetOption = None,
+    exclude: ExcludeOption = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = None,
+    sequence_length: LengthOption = None,
+    score: ScoreOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a plan would do, from config and headers alone: every layer, its bits and bytes, the memory to run."""
+    import effllm
+    from effllm.tables import dry_run_json, show_dry_run
+
+    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
+    found = effllm.plan(model, wanted, context=context, revision=revision)
+    if output is not None:
+        output.write_text(wanted.to_yaml(), encoding="utf-8")
+    if as_json:
+        _print(json.dumps(dry_run_json(found), indent=2))
+    else:
+        show_dry_run(found)
+
+
+@app.command("eval", epilog="Example: effllm eval ./out --baseline ./my-model --text my-texts.txt")
+def evaluate(
+    model: ModelArgument,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="The original, for KL and top-1 agreement (what OUT names, if demo).")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to measure on, one row each. Repeatable. Default: a held-out book's beginning."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 32,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens a window.")] = 512,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model: perplexity, KL to the original, bytes, peak memory, tokens per second."""
+    import effllm
+
+    results = [
+        effllm.evaluate(
+            model, baseline, [source], samples, sequence_length, _device(device, threads), _dtype(dtype), revision
+        )
+        for source in (text or ["default"])
+    ]
+    if as_json:
+        dumped = [result.model_dump(mode="json") for result in results]
+        _print(json.dumps(dumped[0] if len(dumped) == 1 else dumped, indent=2))
+    else:
+        from effllm.tables import show_result
+
+        for result in results:
+            show_result(result)
+
+
+@app.command("methods")
+def list_methods(
+    name: Annotated[str | None, typer.Argument(help="A method or preset to explain.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List every method and preset with its paper; with a NAME, explain it."""
+    from effllm.tables import methods_json, show_methods
+
+    if as_json:
+        _print(json.dumps(methods_json(), indent=2))
+    else:
+        show_methods(name)
+
+
+@app.command(epilog="Example: effllm chat ./out --prompt 'It was a dark night'")
+def chat(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and stop; without it, talk.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most new tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")] = 0.7,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+) -> None:
+    """Talk to a model: streams its answer, then tokens per second and memory."""
+    from effllm.chat import talk
+
+    talk(
+        model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision
+    )
+
+
+def _plan(
+    plan: str, sets: list[str] | None, excludes: list[str] | None, score: str | None, calibration: list[str] | None,
+    samples: int | None, sequence_length: int | None,
+) -> Any:  # fmt: skip
+    from effllm.plans import load_plan
+
+    return load_plan(plan).override(
+        sets or (), excludes or (), score, sources=calibration, samples=samples, sequence_length=sequence_length
+    )
+
+
+def _device(device: str, threads: int | None) -> str:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise UsageError(f"--dtype {name}: known: {', '.join(known)}")
+    return known[name] if name else None
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main() -> None:
+    """Runs the command line; exit status 0 done, 1 a failure that one line explains, 2 wrong usage."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except (EffllmError, OSError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"effllm: {error}\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("effllm: interrupted; the same command resumes\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Text as batches of tokens, for calibration and for measuring."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from effllm.errors import EffllmError, UsageError
+
+CALIBRATION_TEXT = "calibration.txt"
+EVALUATION_TEXT = "evaluation.txt"
+Document = str | list[dict[str, Any]]
+
+
+def packaged_text(name: str) -> Path:
+    """The slice of public-domain books that the package ships: `calibration.txt` or `evaluation.txt`."""
+    return Path(str(files("effllm").joinpath("demo", name)))
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[str],
+    samples: int | None,
+    length: int,
+    default: str = CALIBRATION_TEXT,
+) -> Tensor:
+    """Windows of text as token ids `[samples, length]` (int64), spread evenly over the text of each source.
+
+    A source is `default` (the slice in the package), a .txt, .json or .jsonl file, a folder of them, or a `datasets` id
+    as `id:config:split:column`; `@weight` at its end sets its share of the samples. Each window begins with the
+    tokenizer's begin-of-text token, if it has one. Messages go through the tokenizer's chat template. Windows never
+    overlap: where the text is short, fewer come back. `samples` None takes the whole text.
+
+    Raises:
+        UsageError: a source that is no file, folder or dataset id, or a bad weight.
+        EffllmError: text too short for one window, or a dataset that cannot be read.
+    """
+    weighted = [_split_weight(source) for source in sources]
+    total = sum(weight for _, weight in weighted)
+    windows = []
+    for source, weight in weighted:
+        count = None if samples is None else max(1, round(samples * weight / total))
+        windows.append(_windows(tokenizer, packaged_text(default) if source == "default" else source, count, length))
+    return torch.cat(windows)
+
+
+def _split_weight(source: str) -> tuple[str, float]:
+    name, at, weight = source.rpartition("@")
+    if not at or os.path.exists(source):
+        return source, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        return source, 1.0
+    if not value > 0:
+        raise UsageError(f"calibration source {source!r}: the weight after @ must be above zero")
+    return name, value
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, source: str | Path, samples: int | None, length: int) -> Tensor:
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = length - len(begin)
+    ids: list[int] = []
+    for document in documents(source):
+        text = document if isinstance(document, str) else _chat_text(tokenizer, document)
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(ids) // body
+    if available == 0:
+        raise EffllmError(f"{source} has {len(ids)} tokens, fewer than one window of {length}; give more text")
+    count = available if samples is None else min(samples, available)
+    starts = [index * available // count * body for index in range(count)]
+    return torch.tensor([begin + ids[start : start + body] for start in starts])
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
+    if tokenizer.chat_template is None:
+        raise EffllmError("the text holds chat messages, but the model's tokenizer has no chat template; give plain text")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def documents(source: str | Path) -> Iterator[Document]:
+    """The texts or message lists of one source, in a fixed order."""
+    path = Path(source)
+    if path.is_dir():
+        members = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".json", ".jsonl"))
+        if not members:
+            raise EffllmError(f"{path} holds no .txt, .json or .jsonl file")
+        for member in members:
+            yield from _file_documents(member)
+    elif path.is_file():
+        yield from _file_documents(path)
+    else:
+        yield from _dataset_documents(str(source))
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            for line in filter(str.strip, text.splitlines()):
+                yield _document(json.loads(line), str(path))
+        elif path.suffix == ".json":
+            for row in json.loads(text):
+                yield _document(row, str(path))
+        else:
+            yield text
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EffllmError(f"{path} cannot be read as text: {error}") from None
+
+
+def _document(row: Any, where: str) -> Document:
+    value = row.get("messages", row.get("text")) if isinstance(row, dict) else row
+    if not isinstance(value, (str, list)):
+        raise EffllmError(f"{where}: a row needs 'text' or 'messages', not {str(row)[:80]!r}")
+    return value
+
+
+def _dataset_documents(source: str) -> Iterator[Document]:
+    name, config, split, column = (source.split(":") + [""] * 3)[:4]
+    if source.startswith((".", "/")) or name.endswith((".txt", ".json", ".jsonl")):
+        raise UsageError(f"no text file or folder {source!r}")
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"{source!r} is no file or folder; to read it as a datasets id: pip install 'effllm[datasets]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            yield _document({"text": row[column]} if column else row, source)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise EffllmError(f"cannot read dataset {source!r}: {str(error).splitlines()[0]}") from None

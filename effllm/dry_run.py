@@ -1,0 +1,205 @@
+"""The dry run: what a plan would do to a model, from config and headers alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from effllm.checkpoint import Checkpoint, aliases, resolve
+from effllm.measure.memory import Memory, kv_cache, scratch
+from effllm.method import Codec
+from effllm.plans import Plan, load_plan, select
+from effllm.site import Site, find_sites
+from effllm.source import StoredModel, model_class, skeleton
+
+HEADER_BYTES = 120  # of one tensor in a safetensors header, about
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a block, or a weight outside the blocks."""
+
+    name: str
+    weights: int
+    options: tuple[str, ...]
+    """What its sites get; several where an ordering decides at compress time."""
+    bits: tuple[float, ...]
+    """Stored bits per weight under each option."""
+    nbytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `effllm plan` shows."""
+
+    model: str
+    plan: Plan
+    rows: list[Row]
+    original_bytes: int
+    stored_bytes: int
+    """Of the weight files; within the headers' size of what `compress` writes."""
+    bits_per_weight: float
+    memory: Memory
+    context: int
+    working_memory_bytes: int
+    """Peak of the compression itself, beside the interpreter and its libraries."""
+    seconds: float
+    unchanged: list[tuple[str, float]]
+    """Weights above 1 % of the model's bytes that no codec touches, with their share."""
+    unloaded: list[str] = field(default_factory=list)
+    """Tensors of the checkpoint that the class does not load; kept byte for byte."""
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    plan: str | Path | dict[str, Any] | Plan = "layerwise-4bit",
+    context: int = 4096,
+    revision: str | None = None,
+) -> DryRun:
+    """What `plan` would do to `model`; reads no weights, and for an alias no file at all.
+
+    Args:
+        model: a live model, a folder, `demo`, an alias or a hub id.
+        plan: a preset's name, a YAML file, a dictionary or a `Plan`.
+        context: tokens of the KV cache in the memory estimate.
+        revision: hub revision.
+
+    Raises:
+        UsageError, EffllmError: as `compress_folder` would.
+    """
+    wanted = load_plan(plan)
+    unloaded: list[str] = []
+    extra = 0
+    if isinstance(model, PreTrainedModel):
+        shape, name = model, type(model).__name__
+    elif not os.path.isdir(model) and str(model) in aliases():
+        name = str(model)
+        config = aliases()[name]["config"]
+        model_class(config)
+        shape = skeleton(config, getattr(torch, config["dtype"]))
+    else:
+        name = str(model)
+        stored = StoredModel(Checkpoint.open(resolve(model, revision)))
+        shape, unloaded = stored.model, stored.unloaded
+        extra = sum(stored.checkpoint.tensors[key].nbytes for key in unloaded)
+    return _describe(name, shape, wanted, context, unloaded, extra)
+
+
+def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unloaded: list[str], extra: int) -> DryRun:
+    sites = find_sites(model)
+    options = wanted.options(sites)
+    state = {key: tensor.nbytes for key, tensor in model.state_dict().items()}
+    tied = {f"{other}.weight" for site in sites for other in site.tied}
+    original = sum(size for key, size in state.items() if key not in tied)
+    dtype = model.dtype
+    plain = {site.name: site.size * dtype.itemsize for site in sites}
+    chosen = _expected_bytes(wanted, sites, options, plain)
+    outside = original - sum(plain.values())
+    tensors = sum(len(options[s.name][0].layout(s.shape)) if s.name in options else 1 for s in sites)
+    others = len(state) - len(sites)
+    excluded = {site.name for site in select(wanted.exclude, sites)}
+    counted = [site for site in sites if site.name not in excluded]
+    weights_bytes = outside + sum(chosen.values()) + extra
+    memory = Memory(
+        weights_bytes, kv_cache(model.config, context, dtype), scratch(sites, model.config, context, dtype)
+    )
+    return DryRun(
+        model=name,
+        plan=wanted,
+        rows=_rows(sites, options, plain),
+        original_bytes=original + extra,
+        stored_bytes=weights_bytes + HEADER_BYTES * (tensors + others),
+        bits_per_weight=8 * sum(chosen[s.name] for s in counted) / max(1, sum(s.size for s in counted)),
+        memory=memory,
+        context=context,
+        working_memory_bytes=_working_memory(model, sites, wanted, dtype),
+        seconds=_estimate_seconds(sites, options, wanted, dtype),
+        unchanged=[
+            (key, size / original)
+            for key, size in state.items()
+            if size > 0.01 * original and key not in tied and key.removesuffix(".weight") not in options
+        ],
+        unloaded=unloaded,
+    )
+
+
+def _expected_bytes(
+    wanted: Plan, sites: list[Site], options: dict[str, tuple[Codec, ...]], plain: dict[str, int]
+) -> dict[str, float]:
+    """Bytes of each site; where an ordering decides, the mean over the blocks (exact in total where blocks are alike)."""
+    shares: dict[tuple[Codec, ...], float] = {}
+    for step in wanted.steps:
+        if step.use is None and step.high is not None and step.low is not None:
+            blocks = {s.block for s in sites if options.get(s.name) == (step.high, step.low)}
+            shares[(step.high, step.low)] = step.high_blocks(len(blocks)) / max(1, len(blocks))
+    found: dict[str, float] = {}
+    for site in sites:
+        choice = options.get(site.name)
+        if choice is None:
+            found[site.name] = plain[site.name]
+        elif len(choice) == 1:
+            found[site.name] = choice[0].stored_bytes(site.shape)
+        else:
+            share = shares[choice]
+            high, low = (codec.stored_bytes(site.shape) for codec in choice)
+            found[site.name] = share * high + (1 - share) * low
+    return found
+
+
+def _rows(sites: list[Site], options: dict[str, tuple[Codec, ...]], plain: dict[str, int]) -> list[Row]:
+    rows: dict[str, list[Site]] = {}
+    for site in sites:
+        rows.setdefault(site.block or site.name, []).append(site)
+    table = []
+    for name, members in rows.items():
+        weights = sum(site.size for site in members)
+        count = max(len(options.get(site.name, ())) for site in members)
+        sizes, labels = [], []
+        for index in range(max(1, count)):
+            chosen = {s.name: options[s.name][min(index, len(options[s.name]) - 1)] for s in members if s.name in options}
+            sizes.append(sum(chosen[s.name].stored_bytes(s.shape) if s.name in chosen else plain[s.name] for s in members))
+            kept = ["unchanged"] if len(chosen) < len(members) else []
+            labels.append(" + ".join([*dict.fromkeys(codec.label() for codec in chosen.values()), *kept]))
+        table.append(Row(name, weights, tuple(labels), tuple(8 * size / weights for size in sizes), tuple(sizes)))
+    return table
+
+
+def _working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
+    """One block (or the largest weight outside), and the calibration's hidden states."""
+    blocks: dict[str | None, int] = {}
+    for site in sites:
+        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * dtype.itemsize
+    settings, hidden = wanted.calibration, 0
+    if wanted.needs_data:
+        width = getattr(model.config.get_text_config(), "hidden_size", 0)
+        hidden = settings.samples * settings.sequence_length * width * dtype.itemsize
+    return 2 * max(blocks.values(), default=0) + hidden
+
+
+def _estimate_seconds(
+    sites: list[Site], options: dict[str, tuple[Codec, ...]], wanted: Plan, dtype: torch.dtype
+) -> float:
+    """Encoding time from timing each codec on a small matrix here, plus the calibration's forward from a small matmul."""
+    rates: dict[Codec, float] = {}
+    sample = torch.randn(256, 1024)
+    for codec in {codec for choice in options.values() for codec in choice}:
+        began = time.perf_counter()
+        codec.encode(sample)
+        rates[codec] = (time.perf_counter() - began) / sample.numel()
+    seconds = sum(site.size * max(rates[codec] for codec in options[site.name]) for site in sites if site.name in options)
+    if wanted.needs_data:
+        one = torch.randn(512, 512, dtype=dtype)
+        one @ one
+        began = time.perf_counter()
+        one @ one
+        rate = (time.perf_counter() - began) / one.shape[0] ** 3
+        weights = sum(site.size for site in sites if site.block)
+        seconds += rate * weights * wanted.calibration.samples * wanted.calibration.sequence_length
+    return seconds
+

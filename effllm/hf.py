@@ -1,0 +1,241 @@
+"""Compressed models as ordinary transformers models: quantizer, saving, loading.
+
+A compressed folder is a Hugging Face folder whose `config.json` carries the journal under `quantization_config`. The
+quantizer registered here replaces the journal's sites on the meta device, and the loader then fills the stored tensors
+straight in. One guard tensor of shape [1], named as a dense weight, makes a transformers that does not know effllm refuse
+the folder instead of returning random weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import effllm
+from effllm.checkpoint import Checkpoint, resolve
+from effllm.errors import EffllmError
+from effllm.journal import Entries, codecs, entries
+from effllm.layers import CodecModule, codec_layer, empty_codec_layer, tie
+from effllm.method import Codec
+from effllm.site import Site, find_sites
+from effllm.source import model_class
+
+FORMAT = 1
+logger = logging.getLogger(__name__)
+
+
+@register_quantization_config("effllm")
+class EffllmConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed folder.
+
+    `sites` is the journal (see `effllm.journal.entries`), `format` the version of the folder's format, `version` the
+    effllm that wrote it, `plan` the plan carried out and `source` the identity of the checkpoint it was made from.
+    """
+
+    def __init__(
+        self,
+        sites: Entries | None = None,
+        format: int = FORMAT,
+        version: str | None = None,
+        plan: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
+        quant_method: str = "effllm",
+        **unknown: Any,
+    ):
+        if not isinstance(format, int) or format > FORMAT:
+            raise EffllmError(
+                f"the folder has format {format!r}, written by effllm {version}; this is effllm {effllm.__version__}, "
+                f"which reads up to {FORMAT}: pip install --upgrade effllm"
+            )
+        self.quant_method = "effllm"
+        self.format = format
+        self.version = version or effllm.__version__
+        self.sites = sites or []
+        self.plan = plan or {}
+        self.source = source or {}
+
+
+@register_quantizer("effllm")
+class EffllmQuantizer(HfQuantizer):
+    """Rebuilds the journal's sites before the weights are read."""
+
+    requires_calibration = True
+    quantization_config: EffllmConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        attach(model, codecs(self.quantization_config.sites))
+        _ignore_guard(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in codec_modules(model).values():
+            for tensor in module.stored().values():
+                tensor.requires_grad_(False)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return model.state_dict() | guard(model), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return cast(PreTrainedModel, decode_all(model))
+
+
+def codec_modules(model: nn.Module) -> dict[str, CodecModule]:
+    """Every compressed layer of a model by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CodecModule)}
+
+
+def guard(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensor that makes a transformers without effllm refuse the folder; empty where nothing is compressed."""
+    sites = list(codec_modules(model))
+    return {f"{sites[0]}.weight": torch.zeros(1, dtype=torch.uint8)} if sites else {}
+
+
+def _ignore_guard(model: PreTrainedModel) -> None:
+    """Our own load does not report the guard, whatever class is loaded and whatever site carries it."""
+    current = model._keys_to_ignore_on_load_unexpected
+    container = list if current is None else type(current)
+    prefix = model.base_model_prefix + "."
+    patterns = [rf"(^|\.){re.escape(name.removeprefix(prefix))}\.weight$" for name in codec_modules(model)]
+    model._keys_to_ignore_on_load_unexpected = container([*(current or ()), *patterns])
+
+
+def attach(model: nn.Module, assigned: dict[str, Codec]) -> None:
+    """Puts uninitialised codec layers at the sites of a journal. Works on the meta device.
+
+    A site that the class does not have (the head under `AutoModel`) is skipped; names with and without the base model's
+    prefix are tried.
+
+    Raises:
+        EffllmError: not one of the sites exists.
+    """
+    sites = {site.name: site for site in find_sites(model)}
+    prefix = getattr(model, "base_model_prefix", "")
+    found = 0
+    for name, codec in assigned.items():
+        candidates = (name, f"{prefix}.{name}", name.removeprefix(prefix + "."))
+        site = next((sites[candidate] for candidate in candidates if candidate in sites), None)
+        if site is not None:
+            replace(model, site, empty_codec_layer(model.get_submodule(site.name), codec))
+            found += 1
+    if assigned and not found:
+        raise EffllmError(f"none of the journal's sites ({next(iter(assigned))}, ...) is in {type(model).__name__}")
+
+
+def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
+    """Puts `layer` at `site`, and layers that share its tensors at the places tied to it."""
+    model.set_submodule(site.name, layer)
+    for name in site.tied:
+        tied = codec_layer(model.get_submodule(name), layer.codec, layer.stored())
+        tie(tied, layer)
+        model.set_submodule(name, tied)
+        if isinstance(model, PreTrainedModel):
+            stored = {f"{name}.{key}": f"{site.name}.{key}" for key in layer.stored_names}
+            for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+                keys = dict(getattr(model, attribute, None) or {})
+                keys.pop(f"{name}.weight", None)
+                setattr(model, attribute, keys | stored)
+
+
+def mark_compressed(model: nn.Module, assigned: dict[str, Codec], plan: dict[str, Any]) -> None:
+    """Gives a model compressed in memory what `from_pretrained` gives a compressed one, so that it saves alike."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = EffllmConfig(entries(assigned), plan=plan)
+    model.hf_quantizer = EffllmQuantizer(config)
+    model.is_quantized, model.quantization_method = True, "effllm"
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    _ignore_guard(model)
+
+
+def decode_all(model: nn.Module) -> nn.Module:
+    """Replaces every codec layer by the dense class it stands for, with its decoded weight; ties stay ties."""
+    weights: dict[int, nn.Parameter] = {}
+    for name, layer in codec_modules(model).items():
+        owner = id(next(iter(layer.stored().values())))
+        if owner not in weights:
+            weights[owner] = nn.Parameter(layer.decoded(), requires_grad=False)
+        model.set_submodule(name, layer.dense(weights[owner]))
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            keys = getattr(model, attribute, None) or {}
+            renamed = {_as_weight(k, name, layer): _as_weight(v, keys[k].rpartition(".")[0], layer) for k, v in keys.items()
+                       if k.startswith(name + ".")}  # fmt: skip
+            setattr(model, attribute, {k: v for k, v in keys.items() if not k.startswith(name + ".")} | renamed)
+    return model
+
+
+def _as_weight(key: str, owner: str, layer: CodecModule) -> str:
+    """`owner.codes` (or another stored tensor) as `owner.weight`; other names as they are."""
+    return f"{owner}.weight" if key.removeprefix(owner + ".") in layer.stored_names else key
+
+
+def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Loads a compressed (or plain) model folder in the class that its config names, and checks that it computes.
+
+    Args:
+        model: a folder, `demo`, an alias or a hub id.
+        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Raises:
+        EffllmError: the folder is damaged or incomplete, or a layer gives values that are not finite.
+    """
+    checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
+    cls = model_class(checkpoint.config)
+    loaded, info = cls.from_pretrained(checkpoint.folder, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise EffllmError(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} tensors in all); write it again")
+    check_finite(loaded)
+    return cast(PreTrainedModel, loaded)
+
+
+@torch.no_grad()
+def check_finite(model: PreTrainedModel) -> None:
+    """Runs one token through a text model.
+
+    Raises:
+        EffllmError: naming the first layer whose output is not finite.
+    """
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return
+    broken: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor) and not broken and not bool(torch.isfinite(first).all()):
+                broken.append(name)
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children()) and any(True for _ in m.parameters())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        token = model.config.get_text_config().bos_token_id
+        token = token[0] if isinstance(token, list) else token
+        model(input_ids=torch.tensor([[token or 0]], device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if broken:
+        raise EffllmError(f"{broken[0]} gives values that are not finite; the weights there are damaged, or overflow "
+                          f"{model.dtype}: try dtype=torch.float32")  # fmt: skip

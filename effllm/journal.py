@@ -1,0 +1,164 @@
+"""What was done to a model, written down: the record that a finished folder carries, and the one that survives a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from effllm.errors import EffllmError
+from effllm.method import Codec, from_spec
+
+Entries = list[dict[str, Any]]
+RUN = r"\d{1,5}(?:-\d{1,5})?"
+PATTERN = re.compile(rf"([\w.]*)(?:\{{({RUN}(?:,{RUN})*)\}}([\w.]*))?")
+
+
+def entries(codecs: dict[str, Codec]) -> Entries:
+    """The journal of `{site: codec}`: each distinct codec once, with patterns that name its sites.
+
+    A pattern is a module path in which one `{...}` may stand for block numbers: `model.layers.{0-3,7}.mlp.up_proj`.
+    """
+    grouped: dict[Codec, list[str]] = {}
+    for site, codec in codecs.items():
+        grouped.setdefault(codec, []).append(site)
+    return [
+        {"method": codec.name(), "settings": codec.settings(), "sites": _fold(sites)} for codec, sites in grouped.items()
+    ]
+
+
+def codecs(journal: Entries) -> dict[str, Codec]:
+    """The inverse of `entries`, in journal order. The journal may come from a stranger.
+
+    Raises:
+        EffllmError: an entry is malformed, or names a site twice.
+        UsageError: an unknown method or setting.
+    """
+    found: dict[str, Codec] = {}
+    for entry in journal:
+        if not isinstance(entry, dict) or set(entry) != {"method", "settings", "sites"}:
+            raise EffllmError(f"a journal entry needs method, settings and sites, not {entry!r}")
+        codec = from_spec({entry["method"]: entry["settings"]}, Codec)
+        for pattern in entry["sites"]:
+            for site in _unfold(pattern):
+                if site in found:
+                    raise EffllmError(f"the journal names site {site!r} twice")
+                found[site] = codec
+    return found
+
+
+def _fold(sites: list[str]) -> list[str]:
+    numbers: dict[tuple[str, str], list[int]] = {}
+    patterns: dict[tuple[str, str] | str, None] = {}
+    for site in sites:
+        match = re.search(r"(?<=\.)(0|[1-9]\d*)(?=\.)", site)
+        if match is None:
+            patterns[site] = None
+        else:
+            key = (site[: match.start()], site[match.end() :])
+            numbers.setdefault(key, []).append(int(match.group()))
+            patterns[key] = None
+    return [k if isinstance(k, str) else f"{k[0]}{_ranges(numbers[k])}{k[1]}" for k in patterns]
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs = []
+    for _, run in itertools.groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        runs.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return runs[0] if len(numbers) == 1 else "{" + ",".join(runs) + "}"
+
+
+def _unfold(pattern: str) -> Iterator[str]:
+    match = PATTERN.fullmatch(pattern) if isinstance(pattern, str) else None
+    if match is None:
+        raise EffllmError(f"the journal names sites by {pattern!r}, which is no module path")
+    if match[2] is None:
+        yield pattern
+        return
+    for run in match[2].split(","):
+        first, _, last = run.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            yield f"{match[1]}{number}{match[3]}"
+
+
+class RunJournal:
+    """`journal.jsonl` of an unfinished output folder: one line a finished unit, so that a killed run resumes.
+
+    Several processes may share the folder: a unit is claimed by a lock that the kernel drops when its owner dies.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.path = folder, folder / "journal.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.claim("journal"):
+            lines = self._lines()
+            if lines and lines[0].get("key") != key:
+                raise EffllmError(
+                    f"{folder} is an unfinished run of another model, plan, thread count or version; "
+                    "finish it with its own command, or pass --overwrite"
+                )
+            if not lines:
+                self._append({"key": key})
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for raw in self.path.read_bytes().split(b"\n"):
+            with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # a line torn by a crash
+                line = json.loads(raw)
+                if isinstance(line, dict):
+                    lines.append(line)
+        return lines
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("ab") as stream:
+            stream.write(b"\n" + json.dumps(line).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def add(self, kind: str, name: str, **facts: Any) -> None:
+        """Records that `kind` `name` is finished, with what a resumed run needs to know."""
+        self._append({"kind": kind, "name": name, **facts})
+
+    def find(self, kind: str, name: str) -> dict[str, Any] | None:
+        """What `add` recorded, or None. A recorded file that is gone or changed does not count."""
+        for line in reversed(self._lines()):
+            if line.get("kind") == kind and line.get("name") == name:
+                file = line.get("file")
+                return line if file is None or self._intact(self.folder / file, line["sha256"]) else None
+        return None
+
+    @staticmethod
+    def _intact(file: Path, digest: str) -> bool:
+        return file.is_file() and file_digest(file) == digest
+
+    @contextlib.contextmanager
+    def claim(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Holds the lock `name`; yields False at once where another process has it and `wait` is off."""
+        with (self.folder / f"{name}.lock").open("wb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def remove(self, folder: Path) -> None:
+        """Deletes the journal and the locks from the finished `folder`."""
+        for file in [*folder.glob("*.lock"), folder / self.path.name]:
+            file.unlink(missing_ok=True)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

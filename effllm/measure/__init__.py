@@ -1,0 +1,1 @@
+"""Measuring models: accuracy on held-out text, bytes, memory, speed."""

@@ -1,0 +1,138 @@
+"""The Result: one measured run as one JSON document. Everything that measures writes this and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from effllm.checkpoint import Checkpoint
+from effllm.journal import codecs
+from effllm.plans import select
+from effllm.site import find_sites
+from effllm.source import skeleton
+
+SCHEMA_VERSION = 1
+
+
+class Result(BaseModel):
+    """One measured run. A figure that was not measured is null; `*_stderr` and `*_tokens` are its error and count."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = SCHEMA_VERSION
+    command: Literal["compress", "eval"]
+    message: str = ""
+    model: str
+    model_digest: str
+    """SHA-256 over the bytes of the weight files."""
+    base_model: str | None = None
+    baseline: str | None = None
+    """The model that `kl`, `top1_agreement` and `baseline_perplexity` compare with."""
+    plan: dict[str, Any] = {}
+    stored_bytes: int
+    """Bytes of all weight files on disk, headers included."""
+    bits_per_weight: float
+    """Stored bits, everything counted, per weight of all sites that the plan does not exclude, embeddings included."""
+    text: list[str] = []
+    sequence_length: int | None = None
+    perplexity: float | None = None
+    perplexity_stderr: float | None = None
+    perplexity_tokens: int | None = None
+    baseline_perplexity: float | None = None
+    kl: float | None = None
+    """KL divergence from the baseline's next-token distribution to the model's, nats per token."""
+    kl_stderr: float | None = None
+    kl_tokens: int | None = None
+    top1_agreement: float | None = None
+    """Share of tokens at which model and baseline rank the same token first."""
+    top1_agreement_stderr: float | None = None
+    top1_agreement_tokens: int | None = None
+    peak_memory_bytes: int | None = None
+    """Peak resident memory of a fresh process that loads the model and generates."""
+    tokens_per_second: float | None = None
+    tokens_per_second_tokens: int | None = None
+    seconds: float | None = None
+    """Wall clock of the command."""
+    process_peak_memory_bytes: int | None = None
+    """Peak resident memory of the process that ran the command."""
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    seed: int = 0
+
+
+def schema() -> str:
+    """The JSON Schema of `Result`, as shipped in `result.schema.json`."""
+    return json.dumps(Result.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def machine() -> dict[str, Any]:
+    """What the run was measured on."""
+    facts = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    packages = ("effllm", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_run(folder: Path, model: str, base_model: str | None, seconds: float) -> dict[str, Any]:
+    """The fields of a Result that can be read off a model folder and this process."""
+    checkpoint = Checkpoint.open(folder)
+    quantization = checkpoint.config.get("quantization_config") or {}
+    ours = quantization.get("quant_method") == "effllm"
+    return {
+        "model": model,
+        "model_digest": checkpoint.digest(),
+        "base_model": base_model or (quantization.get("source") or {}).get("model") if ours else None,
+        "plan": quantization.get("plan") or {} if ours else {},
+        "stored_bytes": checkpoint.stored_bytes,
+        "bits_per_weight": bits_per_weight(checkpoint),
+        "seconds": seconds,
+        "process_peak_memory_bytes": peak_memory(),
+        "machine": machine(),
+        "versions": versions(),
+        "seed": torch.initial_seed(),
+    }
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    """Stored bits per weight over all sites that the plan does not exclude, from the folder's config alone."""
+    quantization = checkpoint.config.get("quantization_config") or {}
+    dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"))
+    sites = find_sites(skeleton(checkpoint.config, dtype))
+    assigned = codecs(quantization.get("sites") or []) if quantization.get("quant_method") == "effllm" else {}
+    excluded = {site.name for site in select((quantization.get("plan") or {}).get("exclude", []), sites)}
+    counted = [site for site in sites if site.name not in excluded]
+    stored = sum(
+        assigned[site.name].stored_bytes(site.shape) if site.name in assigned else site.size * dtype.itemsize
+        for site in counted
+    )
+    return 8 * stored / sum(site.size for site in counted)

@@ -1,0 +1,1 @@
+"""One file a method. Names with a leading underscore are helpers, not methods."""

@@ -1,0 +1,105 @@
+"""Uniform quantization, per group along the input dimension."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from effllm.method import Codec
+from effllm.packing import pack, unpack
+
+if TYPE_CHECKING:
+    from effllm.site import Site
+
+CHUNK = 1 << 19  # weights per step: the fp32 temporaries stay in the cache (twice as fast as whole matrices)
+SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
+
+
+class Quantize(Codec):
+    """Uniform quantization to 2-8 bits, round to nearest, one scale a group of inputs.
+
+    A group of `group_size` consecutive inputs of one row shares an fp16 `scale` and, unless `symmetric`, an integer
+    `zero` point of `bits` bits: w = (code - zero) * scale. Codes and zero points are packed bit by bit. A symmetric
+    group has its zero point fixed at 2**(bits - 1) and a signed scale, so that the weight of largest magnitude is exactly
+    representable. Where `group_size` does not divide the row, the last group is shorter; rows are padded to whole bytes.
+
+    `range: search` shrinks the range of each group to the share, of 12 between 0.45 and 1, with the least squared error.
+
+    Bits per weight: bits + (16 + bits) / group_size, or bits + 16 / group_size when symmetric.
+
+    Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, section 2
+    (affine and symmetric quantizer); groups and the range search are the field's common practice.
+    """
+
+    paper: ClassVar[str] = "arXiv 1806.08342"
+    bits: Annotated[int, Field(ge=2, le=8, description="width of a code, 2 to 8")] = 4
+    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
+    symmetric: bool = False
+    range: Literal["minmax", "search"] = "search"
+
+    @classmethod
+    def grid(cls, site: Site) -> list[Codec]:
+        return [cls(bits=b, group_size=g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128) if site.shape[1] >= g]
+
+    def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+        chunks = [self._encode_rows(rows) for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        rows, columns = shape
+        size, groups = self._groups(columns)
+        codes = F.pad(unpack(data["codes"], self.bits, columns), (0, groups * size - columns))
+        codes = codes.view(rows, groups, size).float()
+        zero: float | Tensor = 2 ** (self.bits - 1)
+        if not self.symmetric:
+            zero = unpack(data["zero"], self.bits, groups).unsqueeze(-1).float()
+        return ((codes - zero) * data["scale"].unsqueeze(-1).float()).view(rows, -1)[:, :columns]
+
+    def decode_rows(self, data: dict[str, Tensor], index: Tensor, shape: tuple[int, int]) -> Tensor:
+        return self.decode({name: tensor[index] for name, tensor in data.items()}, (index.numel(), shape[1]))
+
+    def _groups(self, columns: int) -> tuple[int, int]:
+        size = columns if self.group_size == "row" else min(self.group_size, columns)
+        return size, -(-columns // size)
+
+    def _encode_rows(self, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        size, groups = self._groups(columns)
+        x = F.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
+        low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+        scale, zero = self._scale(low, high)
+        if self.range == "search":
+            least = self._error(x, scale, zero)
+            for share in SHRINK[1:]:
+                candidate, candidate_zero = self._scale(low * share, high * share)
+                error = self._error(x, candidate, candidate_zero)
+                better = error < least
+                least = torch.where(better, error, least)
+                scale, zero = torch.where(better, candidate, scale), torch.where(better, candidate_zero, zero)
+        codes = self._codes(x, scale, zero).to(torch.uint8).view(rows, -1)[:, :columns]
+        stored = {"codes": pack(codes, self.bits), "scale": scale.squeeze(-1).half()}
+        if not self.symmetric:
+            stored["zero"] = pack(zero.squeeze(-1).to(torch.uint8), self.bits)
+        return stored
+
+    def _scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (fp32 holding fp16 values) and integer zero point of the range [low, high], `[rows, groups, 1]`."""
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            scale = torch.where(high > -low, high, low) / -half
+            magnitude = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+            return torch.where(scale < 0, -magnitude, magnitude), torch.full_like(scale, half)
+        steps = 2**self.bits - 1
+        scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+        return scale, (-low / scale).round().clamp(0, steps)
+
+    def _codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (x / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+
+    def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return self._codes(x, scale, zero).sub_(zero).mul_(scale).sub_(x).square_().sum(-1, keepdim=True)

@@ -1,0 +1,227 @@
+"""Plans: which method acts where. YAML on disk, the same objects in Python."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from effllm.errors import UsageError, nearest
+from effllm.method import Codec, Score, from_spec, validated
+from effllm.site import Site
+
+WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
+LARGEST_PLAN = 1_000_000
+
+_as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
+CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
+ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """The text that methods learn from."""
+
+    sources: list[str] = Field(default=["default"], min_length=1)
+    """`default` (the slice in the package), files, folders, or `datasets` ids; each may end in `@weight`."""
+    samples: int = Field(default=64, ge=1)
+    sequence_length: int = Field(default=512, ge=8)
+
+
+class Step(_Strict):
+    """What happens to some sites: one codec for all (`use`), or two, given out by an ordering of the blocks.
+
+    `sites` are globs on module paths, or the words `blocks` (weights inside the repeated blocks), `embeddings` and
+    `head`. With `order`, the most important blocks get `high` and the others `low`, with as many blocks at `high` as
+    keep the mean width at or below `average_bits` (scales and zero points not counted).
+    """
+
+    sites: list[str] = Field(min_length=1)
+    use: CodecField | None = None
+    order: ScoreField | None = None
+    high: CodecField | None = None
+    low: CodecField | None = None
+    average_bits: float | None = Field(default=None, ge=2, le=8)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Step:
+        ordered = [self.order, self.high, self.low, self.average_bits]
+        if (self.use is None) == (ordered.count(None) == 4):
+            raise ValueError("a step has either 'use' or all of 'order', 'high', 'low' and 'average_bits'")
+        if self.use is None:
+            if None in ordered:
+                raise ValueError("a step with 'order' also needs 'high', 'low' and 'average_bits'")
+            low, high = (getattr(codec, "bits", None) for codec in (self.low, self.high))
+            if low is None or high is None or not low < high:
+                raise ValueError(f"'low' and 'high' need a field 'bits', low below high; they are {low} and {high}")
+            if not low <= self.average_bits <= high:
+                raise ValueError(f"average_bits = {self.average_bits} lies outside {low} to {high}")
+        return self
+
+    def high_blocks(self, blocks: int) -> int:
+        """How many of `blocks` blocks get `high`."""
+        low, high = self.low.bits, self.high.bits  # type: ignore[union-attr]
+        return math.floor((self.average_bits - low) / (high - low) * blocks + 1e-9)  # type: ignore[operator]
+
+
+class Plan(_Strict):
+    """Calibration data and ordered steps; where steps overlap, the later one decides."""
+
+    name: str = "custom"
+    description: str = ""
+    calibration: Calibration = Calibration()
+    exclude: list[str] = []
+    steps: list[Step] = Field(min_length=1)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether carrying out the plan needs calibration text."""
+        return any(step.order is not None and step.order.needs_data for step in self.steps)
+
+    def scores(self) -> list[Score]:
+        """The distinct scores that the plan needs, in order."""
+        return list(dict.fromkeys(step.order for step in self.steps if step.order is not None))
+
+    def assign(self, sites: list[Site], ranks: dict[Score, dict[str, float]]) -> dict[str, Codec]:
+        """Site name -> codec. `ranks` holds the importance of every block for each of `scores()`.
+
+        Raises:
+            UsageError: a glob, or the whole plan, matches no site.
+        """
+        assigned: dict[str, Codec] = {}
+        for step, members in self._members(sites):
+            if step.use is not None:
+                assigned |= {site.name: step.use for site in members}
+                continue
+            assert step.order is not None and step.high is not None and step.low is not None
+            rank = ranks[step.order]
+            blocks = sorted({s.block for s in members if s.block}, key=lambda block: (-rank[block], block))
+            important = set(blocks[: step.high_blocks(len(blocks))])
+            assigned |= {site.name: step.high if site.block in important else step.low for site in members}
+        return {site.name: assigned[site.name] for site in sites if site.name in assigned}
+
+    def options(self, sites: list[Site]) -> dict[str, tuple[Codec, ...]]:
+        """Site name -> the codecs it may get: one where the plan fixes it, two where an ordering decides."""
+        found: dict[str, tuple[Codec, ...]] = {}
+        for step, members in self._members(sites):
+            choice = (step.use,) if step.use is not None else (step.high, step.low)
+            found |= {site.name: choice for site in members}  # type: ignore[misc]
+        return {site.name: found[site.name] for site in sites if site.name in found}
+
+    def _members(self, sites: list[Site]) -> list[tuple[Step, list[Site]]]:
+        excluded = {site.name for pattern in self.exclude for site in select([pattern], sites)}
+        steps = []
+        for step in self.steps:
+            members = [site for site in select(step.sites, sites) if site.name not in excluded]
+            if step.order is not None:
+                members = [site for site in members if site.block]
+                if not members:
+                    raise UsageError(
+                        f"plan {self.name}: the step on {', '.join(step.sites)} orders repeated blocks, and the model has "
+                        "none there; use a uniform plan"
+                    )
+            steps.append((step, members))
+        if not any(members for _, members in steps):
+            raise UsageError(f"plan {self.name} matches no layer of the model; its sites: {_examples(sites)}")
+        return steps
+
+    def override(
+        self, sets: Iterable[str] = (), excludes: Iterable[str] = (), score: str | None = None, **calibration: Any
+    ) -> Plan:
+        """The plan with the command line's changes: `GLOB=METHOD:key=value`, globs to exclude, score, calibration."""
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        if score is not None:
+            ordered = [step for step in values["steps"] if "order" in step]
+            if not ordered:
+                raise UsageError(f"--score {score}: plan {self.name} orders nothing; use it with a layer-wise plan")
+            for step in ordered:
+                step["order"] = score
+        for text in sets:
+            glob, _, spec = text.partition("=")
+            if not spec:
+                raise UsageError(f"--set {text!r}: write it as 'GLOB=METHOD:key=value,...'")
+            values["steps"].append({"sites": [glob], "use": spec})
+        values["exclude"] = [*values.get("exclude", []), *excludes]
+        given = {key: value for key, value in calibration.items() if value is not None}
+        values["calibration"] = {**values.get("calibration", {}), **given}
+        return validated(Plan, values, f"plan {self.name}")  # type: ignore[no-any-return]
+
+    def to_yaml(self) -> str:
+        """The plan as a file that `load_plan` reads back to an equal plan."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=110)
+
+
+def select(patterns: list[str], sites: list[Site]) -> list[Site]:
+    """The sites that any of `patterns` matches, in model order.
+
+    Raises:
+        UsageError: a glob matches nothing (a word may: a tied head is part of the embedding).
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern in WORDS:
+            chosen |= {site.name for site in sites if site.role == WORDS[pattern]}
+            continue
+        found = {s.name for s in sites if any(fnmatch.fnmatchcase(name, pattern) for name in (s.name, *s.tied))}
+        if not found:
+            raise UsageError(f"{pattern!r} matches no layer of the model; its sites: {_examples(sites)}")
+        chosen |= found
+    return [site for site in sites if site.name in chosen]
+
+
+def _examples(sites: list[Site]) -> str:
+    names = [site.name for site in sites]
+    return ", ".join(names[:3] + ["..."] * (len(names) > 4) + names[-1:]) if names else "none"
+
+
+@cache
+def presets() -> dict[str, Path]:
+    """The plans in the package by name."""
+    folder = Path(str(files("effllm").joinpath("presets")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_plan(plan: str | Path | dict[str, Any] | Plan) -> Plan:
+    """A plan from a preset's name, a YAML file, a dictionary, or itself.
+
+    Raises:
+        UsageError: an unknown preset, key or method (naming the nearest), a value out of range, a calibration file that
+            lies outside the plan's folder.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, dict):
+        return validated(Plan, plan, "plan")  # type: ignore[no-any-return]
+    path = presets().get(str(plan), Path(plan))
+    if not path.is_file():
+        raise UsageError(f"no plan {str(plan)!r}: {nearest(str(plan), presets())}; a plan file ends in .yaml")
+    if path.stat().st_size > LARGEST_PLAN:
+        raise UsageError(f"{path} is larger than {LARGEST_PLAN} bytes; that is no plan")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no plan; a plan has the key 'steps'")
+    loaded: Plan = validated(Plan, {"name": path.stem, **values}, str(path))
+    sources = [_inside(path.parent, source) for source in loaded.calibration.sources]
+    return loaded.model_copy(update={"calibration": loaded.calibration.model_copy(update={"sources": sources})})
+
+
+def _inside(folder: Path, source: str) -> str:
+    """A calibration source of a plan file: files are relative to the plan's folder and may not leave it."""
+    name, at, weight = source.partition("@")
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"the plan names {name!r}, a path that leaves the plan's folder; pass it by --calibration")
+    return f"{folder / path}{at}{weight}" if (folder / path).exists() else source

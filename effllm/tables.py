@@ -1,0 +1,127 @@
+"""How results look on a terminal."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from effllm.dry_run import DryRun
+from effllm.errors import UsageError, nearest
+from effllm.measure.result import Result
+from effllm.method import methods
+from effllm.plans import load_plan, presets
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(1, seconds):.0f} s"
+
+
+def show_result(result: Result) -> None:
+    """One Result as a table."""
+    table = Table(show_header=False, title=result.model, title_justify="left")
+    table.add_row("weight files", f"{result.stored_bytes:,} bytes ({_size(result.stored_bytes)})")
+    table.add_row("bits per weight", f"{result.bits_per_weight:.3f}")
+    for label, value, error, count in (
+        ("KL to " + (result.baseline or ""), result.kl, result.kl_stderr, result.kl_tokens),
+        ("perplexity", result.perplexity, result.perplexity_stderr, result.perplexity_tokens),
+        ("perplexity of the original", result.baseline_perplexity, None, result.perplexity_tokens),
+        ("top-1 agreement", result.top1_agreement, result.top1_agreement_stderr, result.top1_agreement_tokens),
+    ):
+        if value is not None:
+            table.add_row(label, f"{value:.4f}" + (f" +- {error:.4f}" if error else "") + f"   ({count} tokens)")
+    if result.tokens_per_second is not None and result.peak_memory_bytes is not None:
+        table.add_row("decode", f"{result.tokens_per_second:.1f} tokens/s")
+        table.add_row("peak memory of a run", _size(result.peak_memory_bytes))
+    if result.text:
+        table.add_row("text", ", ".join("held-out book in the package" if t == "default" else t for t in result.text))
+    if result.seconds is not None:
+        table.add_row("took", _time(result.seconds))
+    console = Console()
+    if result.message:
+        console.print(result.message)
+    console.print(table)
+
+
+def show_dry_run(found: DryRun) -> None:
+    """The plan's table: what every layer gets, then totals."""
+    table = Table(title=f"{found.model}, plan {found.plan.name}", title_justify="left")
+    for column in ("layer", "method", "bits per weight", "bytes"):
+        table.add_column(column, justify="left" if column in ("layer", "method") else "right")
+    for row in found.rows:
+        bits = " or ".join(f"{value:.2f}" for value in row.bits)
+        table.add_row(row.name, " or ".join(row.options), bits, " or ".join(f"{size:,}" for size in row.nbytes))
+    console = Console()
+    console.print(table)
+    for step in found.plan.steps:
+        if step.order is not None and step.high is not None and step.low is not None:
+            blocks = sum(1 for row in found.rows if len(row.options) > 1)
+            high = step.high_blocks(blocks)
+            console.print(
+                f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}; {step.order.label()} "
+                "decides at compress time"
+            )
+    for name, share in found.unchanged:
+        console.print(f"stays as it is: {name}, {share:.1%} of the bytes")
+    for name in found.unloaded:
+        console.print(f"not loaded by the class, kept byte for byte: {name}")
+    memory = found.memory
+    console.print(
+        f"weight files  {_size(found.original_bytes)} -> {_size(found.stored_bytes)}, "
+        f"{found.bits_per_weight:.3f} bits per weight"
+    )
+    console.print(
+        f"to run        {_size(memory.total)} at {found.context} tokens: weights {_size(memory.weights)}, "
+        f"KV cache {_size(memory.kv)}, scratch {_size(memory.scratch)} (estimate; the runtime itself apart)"
+    )
+    console.print(
+        f"to compress   about {_time(found.seconds)} here, {_size(found.working_memory_bytes)} beside the libraries"
+    )
+
+
+def dry_run_json(found: DryRun) -> dict[str, Any]:
+    """The dry run as plain JSON values."""
+    values = asdict(found) | {"plan": found.plan.model_dump(mode="json", exclude_defaults=True)}
+    values["memory"] |= {"kv": found.memory.kv, "total": found.memory.total}
+    return values
+
+
+def methods_json() -> dict[str, Any]:
+    """Methods and presets as plain JSON values."""
+    return {
+        "methods": {
+            name: {"kind": cls.__mro__[1].__name__.lower(), "paper": cls.paper, "doc": inspect.getdoc(cls)}
+            for name, cls in methods().items()
+        },
+        "presets": {name: load_plan(name).description for name in presets()},
+    }
+
+
+def show_methods(name: str | None) -> None:
+    """All methods and presets, or the documentation of one."""
+    console = Console()
+    known = methods()
+    if name is not None:
+        if name in known:
+            console.print(f"{name}: {inspect.getdoc(known[name])}", markup=False)
+        elif name in presets():
+            console.print(presets()[name].read_text(), markup=False)
+        else:
+            raise UsageError(f"no method or preset {name!r}: {nearest(name, [*known, *presets()])}")
+        return
+    table = Table("method", "what it is", "paper", "data", title="methods", title_justify="left")
+    for key, cls in known.items():
+        doc = (inspect.getdoc(cls) or "").split("\n", 1)[0]
+        table.add_row(key, doc, cls.paper, "needs text" if cls.needs_data else "none")
+    console.print(table)
+    plans = Table("preset", "what it does", title="presets (--plan NAME)", title_justify="left")
+    for key in presets():
+        plans.add_row(key, load_plan(key).description)
+    console.print(plans)

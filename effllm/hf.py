@@ -75,9 +75,11 @@ class EffllmQuantizer(HfQuantizer):
         _ignore_guard(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in codec_modules(model).values():
-            for tensor in module.stored().values():
-                tensor.requires_grad_(False)
+        layers = codec_modules(model)
+        for target, source in model.all_tied_weights_keys.items():
+            pair = target.rpartition(".")[0], source.rpartition(".")[0]
+            if pair[0] in layers and pair[1] in layers:
+                tie(layers[pair[0]], layers[pair[1]])
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -144,11 +146,10 @@ def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
     """Puts `layer` at `site`, and layers that share its tensors at the places tied to it."""
     model.set_submodule(site.name, layer)
     for name in site.tied:
-        tied = codec_layer(model.get_submodule(name), layer.codec, layer.stored())
-        tie(tied, layer)
-        model.set_submodule(name, tied)
+        model.set_submodule(name, codec_layer(model.get_submodule(name), layer.codec, layer.stored(), owner=False))
         if isinstance(model, PreTrainedModel):
-            stored = {f"{name}.{key}": f"{site.name}.{key}" for key in layer.stored_names}
+            parameters = [key for key, tensor in layer.stored().items() if isinstance(tensor, nn.Parameter)]
+            stored = {f"{name}.{key}": f"{site.name}.{key}" for key in parameters}
             for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
                 keys = dict(getattr(model, attribute, None) or {})
                 keys.pop(f"{name}.weight", None)

@@ -1,8 +1,9 @@
 """Layers that hold a weight in its encoded form.
 
 Each inherits the class that it replaces and shows `.weight` as metadata: shape, dtype and device are right, the values
-are NaN, so that whatever reads metadata works and whatever would compute with it fails loudly. The stored tensors are
-frozen parameters: loaders, offloading and `state_dict` treat them as they treat any weight.
+are NaN, so that whatever reads metadata works and whatever would compute with it fails loudly. Stored integers are frozen
+parameters, which loaders and offloading treat as they treat any weight. Stored floats are buffers: `model.dtype` is the
+dtype of the first float parameter, and a scale must not decide it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class CodecModule(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, as `Codec.encode` returned them."""
-        return {name: self._parameters[name] for name in self.stored_names}  # type: ignore[misc]
+        return {name: getattr(self, name) for name in self.stored_names}
 
     @property
     def weight(self) -> Tensor:
         """Shape, dtype and device of the dense weight; NaN everywhere, stride 0. `decoded()` has the values."""
         rows, columns = self.matrix_shape
         shape = (columns, rows) if isinstance(self, Conv1D) else (rows, columns)
-        device = self._parameters[self.stored_names[0]].device  # type: ignore[union-attr]
+        device = getattr(self, self.stored_names[0]).device
         metadata = torch.full((), float("nan"), dtype=self.compute_dtype, device=device).expand(shape)
         metadata._is_hf_initialized = True  # type: ignore[attr-defined]
         return metadata
@@ -50,10 +51,11 @@ class CodecModule(nn.Module):
     def dense(self, weight: nn.Parameter) -> nn.Module:
         """The layer of the class that this one replaces, with `weight` (see `decoded`) in place of the stored tensors."""
         module = self.replaced_class.__new__(self.replaced_class)
-        dropped = {"codec", "matrix_shape", "compute_dtype", "stored_names", "_parameters"}
+        dropped = {"codec", "matrix_shape", "compute_dtype", "stored_names"}
         module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in dropped})
-        kept = {name: p for name, p in self._parameters.items() if name not in self.stored_names}
-        module.__dict__["_parameters"] = {"weight": weight, **kept}
+        for kind in ("_parameters", "_buffers"):
+            module.__dict__[kind] = {n: t for n, t in self.__dict__[kind].items() if n not in self.stored_names}
+        module._parameters["weight"] = weight
         return module
 
     def extra_repr(self) -> str:
@@ -146,15 +148,22 @@ def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> CodecModule:
     return module
 
 
-def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor]) -> CodecModule:
-    """`module` with its weight held as `stored`; biases, buffers and other attributes are shared with `module`."""
+def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owner: bool = True) -> CodecModule:
+    """`module` with its weight held as `stored`; biases, buffers and other attributes are shared with `module`.
+
+    Where another layer is the `owner` of the stored tensors, this one uses the very same, and saves none of its own.
+    """
     state = {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
+    state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     del state["_parameters"]["weight"]
     layer = _rebuild(type(module), state)
     layer.codec, layer.matrix_shape, layer.stored_names = codec, matrix_shape(module), tuple(stored)
     layer.compute_dtype = module.weight.dtype
     for name, tensor in stored.items():
-        layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        if tensor.is_floating_point():
+            layer.register_buffer(name, tensor, persistent=owner)
+        else:
+            layer.register_parameter(name, tensor if not owner else nn.Parameter(tensor, requires_grad=False))
     return layer
 
 
@@ -168,6 +177,6 @@ def empty_codec_layer(module: nn.Module, codec: Codec) -> CodecModule:
 
 
 def tie(layer: CodecModule, source: CodecModule) -> None:
-    """Makes `layer` use the stored tensors of `source`: one copy in memory and on disk."""
+    """Makes `layer` use the stored tensors of `source` again, after a loader has replaced them."""
     for name in source.stored_names:
-        layer._parameters[name] = source._parameters[name]
+        setattr(layer, name, getattr(source, name))

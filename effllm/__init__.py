@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from effllm.dry_run import plan as plan
-    from effllm.hf import load as load
+    from effllm.loading import load as load
     from effllm.measure.evaluate import evaluate as evaluate
     from effllm.method import Method
     from effllm.pipeline import compress as compress
@@ -28,7 +28,7 @@ _LAZY = {
     "compress": "effllm.pipeline",
     "compress_folder": "effllm.pipeline",
     "evaluate": "effllm.measure.evaluate",
-    "load": "effllm.hf",
+    "load": "effllm.loading",
     "plan": "effllm.dry_run",
 }
 __all__ = ["Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from effllm import hf
 from effllm.checkpoint import resolve
+from effllm.loading import load
 from effllm.measure.result import peak_memory
 from effllm.pipeline import load_tokenizer
 
@@ -29,7 +29,7 @@ def talk(
     torch.manual_seed(seed)
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder)
-    loaded = hf.load(folder, device_map=device, **({} if dtype is None else {"dtype": dtype}))
+    loaded = load(folder, device_map=device, **({} if dtype is None else {"dtype": dtype}))
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
     messages: list[dict[str, str]] = []
     while True:

@@ -1,4 +1,4 @@
-"""Compressed models as ordinary transformers models: quantizer, saving, loading.
+"""Compressed models as ordinary transformers models: the quantizer, and putting codec layers in and out of a model.
 
 A compressed folder is a Hugging Face folder whose `config.json` carries the journal under `quantization_config`. The
 quantizer registered here replaces the journal's sites on the meta device, and the loader then fills the stored tensors
@@ -8,9 +8,7 @@ the folder instead of returning random weights.
 
 from __future__ import annotations
 
-import logging
 import re
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,16 +18,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import effllm
-from effllm.checkpoint import Checkpoint, resolve
 from effllm.errors import EffllmError
 from effllm.journal import Entries, codecs, entries
 from effllm.layers import CodecModule, codec_layer, empty_codec_layer, tie
 from effllm.method import Codec
 from effllm.site import Site, find_sites
-from effllm.source import model_class
 
 FORMAT = 1
-logger = logging.getLogger(__name__)
 
 
 @register_quantization_config("effllm")
@@ -187,56 +182,3 @@ def decode_all(model: nn.Module) -> nn.Module:
 def _as_weight(key: str, owner: str, layer: CodecModule) -> str:
     """`owner.codes` (or another stored tensor) as `owner.weight`; other names as they are."""
     return f"{owner}.weight" if key.removeprefix(owner + ".") in layer.stored_names else key
-
-
-def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Loads a compressed (or plain) model folder in the class that its config names, and checks that it computes.
-
-    Args:
-        model: a folder, `demo`, an alias or a hub id.
-        kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
-
-    Raises:
-        EffllmError: the folder is damaged or incomplete, or a layer gives values that are not finite.
-    """
-    checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
-    cls = model_class(checkpoint.config)
-    loaded, info = cls.from_pretrained(checkpoint.folder, output_loading_info=True, **kwargs)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise EffllmError(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} tensors in all); write it again")
-    check_finite(loaded)
-    return cast(PreTrainedModel, loaded)
-
-
-@torch.no_grad()
-def check_finite(model: PreTrainedModel) -> None:
-    """Runs one token through a text model.
-
-    Raises:
-        EffllmError: naming the first layer whose output is not finite.
-    """
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return
-    broken: list[str] = []
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, Tensor) and not broken and not bool(torch.isfinite(first).all()):
-                broken.append(name)
-
-        return hook
-
-    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children()) and any(True for _ in m.parameters())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        token = model.config.get_text_config().bos_token_id
-        token = token[0] if isinstance(token, list) else token
-        model(input_ids=torch.tensor([[token or 0]], device=model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if broken:
-        raise EffllmError(f"{broken[0]} gives values that are not finite; the weights there are damaged, or overflow "
-                          f"{model.dtype}: try dtype=torch.float32")  # fmt: skip

@@ -49,9 +49,10 @@ class Method(BaseModel, ABC):
         return self.model_dump(mode="json")
 
     def label(self) -> str:
-        """The short text of plans and tables: the name and the settings that differ from their defaults."""
-        changed = self.model_dump(mode="json", exclude_defaults=True)
-        return self.name() + (":" + ",".join(f"{k}={v}" for k, v in changed.items()) if changed else "")
+        """The short text of tables: the name, the first setting, and those that differ from their defaults."""
+        first, values = list(type(self).model_fields)[:1], self.settings()
+        shown = first + [key for key in self.model_dump(exclude_defaults=True) if key not in first]
+        return self.name() + (":" + ",".join(f"{key}={values[key]}" for key in shown) if shown else "")
 
 
 class Codec(Method):

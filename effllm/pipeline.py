@@ -289,7 +289,7 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
 
 def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[Path]:
     """Writes one shard a unit, skipping those that are done; returns all of them in order once every one stands."""
-    units = [*source.units(), *(["extra"] if source.unloaded else [])]
+    units = [*source.units, *(["extra"] if source.unloaded else [])]
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
     waiting = False
     while True:
@@ -314,7 +314,7 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
     """Everything that the output stores of one unit, under the names on disk."""
     tensors: dict[str, Tensor] = {}
     with source.resident(unit):
-        for name in source.units()[unit]:
+        for name in source.units[unit]:
             owner, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(owner)
             if leaf == "weight" and owner in assigned:
@@ -323,7 +323,7 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
             else:
                 tensors[name] = getattr(module, leaf).detach().cpu().contiguous()
         first = next(iter(assigned))
-        if f"{first}.weight" in source.units()[unit]:
+        if f"{first}.weight" in source.units[unit]:
             tensors[f"{first}.weight"] = torch.zeros(1, dtype=torch.uint8)
         return source.on_disk(tensors)
 

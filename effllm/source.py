@@ -42,8 +42,9 @@ class Source(ABC):
         self.model, self.device = model, torch.device(device)
         self.blocks = find_blocks(model)
         self.sites = find_sites(model)
+        self.units = self._find_units()
 
-    def units(self) -> dict[str, list[str]]:
+    def _find_units(self) -> dict[str, list[str]]:
         """Unit -> names in the state dict that it holds; a tied weight belongs to the module that owns it."""
         tied = {name for site in self.sites for name in site.tied}
         single = [site.name for site in self.sites if site.block is None]
@@ -92,7 +93,7 @@ class Source(ABC):
         """The first block's input, and every block's other arguments, exactly as the model's own code makes them."""
         base = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
         heads = {site.name for site in self.sites if site.role == "head"}
-        outside = [unit for unit in self.units() if unit not in self.blocks and unit not in heads]
+        outside = [unit for unit in self.units if unit not in self.blocks and unit not in heads]
         with self.resident(*outside):
             recorder = _Recorder(self.model, self.blocks)
             for as_tuple in (False, True):
@@ -172,12 +173,12 @@ class StoredModel(Source):
         self.dtype = dtype or _stored_dtype(checkpoint)
         super().__init__(skeleton(checkpoint.config, self.dtype, device), device)
         self._targets = self._map_keys()
-        expected = {key for keys in self.units().values() for key in keys}
-        self.unloaded = [key for key, target in self._targets.items() if target not in self.model.state_dict()]
-        self._keys = {unit: self._keys_of(set(names)) for unit, names in self.units().items()}
-        loose = [unit for unit, keys in self._keys.items() if not keys and set(self.units()[unit]) & expected]
-        if loose:
-            raise EffllmError(f"{checkpoint.folder} lacks the weights of {loose[0]} ({self.units()[loose[0]][0]})")
+        state = self.model.state_dict().keys()
+        self.unloaded = [key for key, target in self._targets.items() if target not in state]
+        self._keys = {unit: self._keys_of(set(names)) for unit, names in self.units.items()}
+        empty = next((unit for unit, keys in self._keys.items() if not keys), None)
+        if empty is not None:
+            raise EffllmError(f"{checkpoint.folder} lacks the weights of {empty} ({self.units[empty][0]})")
         self._check_tied()
 
     def _conversions(self) -> list[Any]:
@@ -213,7 +214,7 @@ class StoredModel(Source):
     @contextlib.contextmanager
     def resident(self, *units: str) -> Iterator[None]:
         empty = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        loaded = [name for unit in units for name in self.units()[unit]]
+        loaded = [name for unit in units for name in self.units[unit]]
         try:
             self._load(units, set(loaded))
             yield

@@ -53,11 +53,12 @@ def show_result(result: Result) -> None:
 def show_dry_run(found: DryRun) -> None:
     """The plan's table: what every layer gets, then totals."""
     table = Table(title=f"{found.model}, plan {found.plan.name}", title_justify="left")
-    for column in ("layer", "method", "bits per weight", "bytes"):
-        table.add_column(column, justify="left" if column in ("layer", "method") else "right")
+    for column in ("layer", "method", "bits", "MB"):
+        table.add_column(column, justify="left" if column in ("layer", "method") else "right", no_wrap=column != "method")
     for row in found.rows:
         bits = " or ".join(f"{value:.2f}" for value in row.bits)
-        table.add_row(row.name, " or ".join(row.options), bits, " or ".join(f"{size:,}" for size in row.nbytes))
+        method = row.options[0] if len(row.options) == 1 else "the ordering decides"
+        table.add_row(row.name, method, bits, " or ".join(f"{size / 1e6:.3f}" for size in row.nbytes))
     console = Console()
     console.print(table)
     for step in found.plan.steps:
@@ -65,8 +66,8 @@ def show_dry_run(found: DryRun) -> None:
             blocks = sum(1 for row in found.rows if len(row.options) > 1)
             high = step.high_blocks(blocks)
             console.print(
-                f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}; {step.order.label()} "
-                "decides at compress time"
+                f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}: "
+                f"{step.order.label()} decides at compress time"
             )
     for name, share in found.unchanged:
         console.print(f"stays as it is: {name}, {share:.1%} of the bytes")

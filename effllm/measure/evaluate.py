@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from effllm import hf
 from effllm.checkpoint import resolve
 from effllm.data import EVALUATION_TEXT, token_windows
 from effllm.errors import EffllmError
 from effllm.measure.result import Result, describe_run
+from effllm.loading import load
 from effllm.progress import track
 
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once
@@ -120,7 +120,7 @@ def evaluate(
         revision: hub revision of `model`.
 
     Raises:
-        EffllmError: the tokenizers of model and baseline differ, or see `hf.load`.
+        EffllmError: the tokenizers of model and baseline differ, or see `effllm.load`.
     """
     began = time.monotonic()
     folder = resolve(model, revision)
@@ -136,8 +136,8 @@ def evaluate(
         reference_folder = resolve(name)
         if AutoTokenizer.from_pretrained(reference_folder).get_vocab() != tokenizer.get_vocab():
             raise EffllmError(f"{name} and {model} have different tokenizers; name the model it was compressed from")
-        reference = hf.load(reference_folder, **settings)
-    comparison = compare(hf.load(folder, **settings), windows, reference)
+        reference = load(reference_folder, **settings)
+    comparison = compare(load(folder, **settings), windows, reference)
     return Result.model_validate(
         {
             **facts,

@@ -21,10 +21,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens to time")
     arguments = parser.parse_args()
 
-    from effllm import hf
+    from effllm.loading import load
     from effllm.measure.result import peak_memory
 
-    model = hf.load(arguments.folder, device_map=arguments.device)
+    model = load(arguments.folder, device_map=arguments.device)
     prompt = torch.arange(16).unsqueeze(0) % model.config.get_text_config().vocab_size
     prompt = prompt.to(model.device)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -15,7 +15,7 @@ from effllm.packing import pack, unpack
 if TYPE_CHECKING:
     from effllm.site import Site
 
-CHUNK = 1 << 19  # weights per step: the fp32 temporaries stay in the cache (twice as fast as whole matrices)
+CHUNK = 1 << 19  # weights per step: fp32 temporaries stay in the cache, and no matrix is ever dense as a whole
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
@@ -47,21 +47,30 @@ class Quantize(Codec):
         return [cls(bits=b, group_size=g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128) if site.shape[1] >= g]
 
     def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
-        chunks = [self._encode_rows(rows) for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
+        step = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
+        chunks = [self._encode_rows(rows) for rows in weight.split(step)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         rows, columns = shape
         size, groups = self._groups(columns)
         codes = F.pad(unpack(data["codes"], self.bits, columns), (0, groups * size - columns))
-        codes = codes.view(rows, groups, size).float()
+        codes = codes.reshape(rows, groups, size).float()
         zero: float | Tensor = 2 ** (self.bits - 1)
         if not self.symmetric:
             zero = unpack(data["zero"], self.bits, groups).unsqueeze(-1).float()
-        return ((codes - zero) * data["scale"].unsqueeze(-1).float()).view(rows, -1)[:, :columns]
+        return codes.sub_(zero).mul_(data["scale"].unsqueeze(-1)).view(rows, -1)[:, :columns]
 
-    def decode_rows(self, data: dict[str, Tensor], index: Tensor, shape: tuple[int, int]) -> Tensor:
-        return self.decode({name: tensor[index] for name, tensor in data.items()}, (index.numel(), shape[1]))
+    def decode_rows(self, data: dict[str, Tensor], index: Tensor | slice, shape: tuple[int, int]) -> Tensor:
+        rows = {name: tensor[index] for name, tensor in data.items()}
+        return self.decode(rows, (len(rows["codes"]), shape[1]))
+
+    def linear(self, x: Tensor, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().linear(x, data, shape)
+        step = max(1, CHUNK // shape[1])
+        slices = [slice(start, start + step) for start in range(0, shape[0], step)]
+        return torch.cat([F.linear(x, self.decode_rows(data, s, shape).to(x.dtype)) for s in slices], dim=-1)
 
     def _groups(self, columns: int) -> tuple[int, int]:
         size = columns if self.group_size == "row" else min(self.group_size, columns)

@@ -9,27 +9,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import effllm.methods as _package  # bound before `methods()` below, so that the function keeps the name
+import effllm.methods as _package  # noqa: F401  (bound before `methods()` below, so that the function keeps the name)
 from effllm.registration import register_on_import
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from effllm.dry_run import plan as plan
     from effllm.loading import load as load
     from effllm.measure.evaluate import evaluate as evaluate
     from effllm.method import Method
     from effllm.pipeline import compress as compress
-    from effllm.pipeline import compress_folder as compress_folder
     from effllm.plans import Plan as Plan
+    from effllm.report.dry_run import plan as plan
+    from effllm.streaming import compress_folder as compress_folder
 
 _LAZY = {
     "Plan": "effllm.plans",
     "compress": "effllm.pipeline",
-    "compress_folder": "effllm.pipeline",
+    "compress_folder": "effllm.streaming",
     "evaluate": "effllm.measure.evaluate",
     "load": "effllm.loading",
-    "plan": "effllm.dry_run",
+    "plan": "effllm.report.dry_run",
 }
 __all__ = ["Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan"]
 

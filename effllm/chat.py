@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from effllm.checkpoint import resolve
+from effllm.data import load_tokenizer
 from effllm.loading import load
 from effllm.measure.result import peak_memory
-from effllm.pipeline import load_tokenizer
 
 
 def talk(
@@ -29,9 +29,9 @@ def talk(
     torch.manual_seed(seed)
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder)
-    loaded = load(folder, device_map=device, **({} if dtype is None else {"dtype": dtype}))
+    loaded: Any = load(folder, device_map=device, **({} if dtype is None else {"dtype": dtype}))
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     while True:
         line = prompt if prompt is not None else _ask()
         if line is None:
@@ -57,7 +57,7 @@ def _ask() -> str | None:
         return None
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], line: str) -> Any:
+def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], line: str) -> Any:
     """The conversation through the model's own template; a model without one just continues the text."""
     if tokenizer.chat_template is None:
         return tokenizer(line, return_tensors="pt", return_token_type_ids=False)

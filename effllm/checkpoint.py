@@ -64,7 +64,9 @@ class Checkpoint:
             found = read_header(file)
             missing = names - found.keys()
             if missing:
-                raise EffllmError(f"{file}: the index names tensor {sorted(missing)[0]!r}, which the file does not hold")
+                raise EffllmError(
+                    f"{file}: the index names tensor {sorted(missing)[0]!r}, which the file does not hold"
+                )
             tensors.update(found)
         return cls(folder, config, tensors)
 
@@ -128,7 +130,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
             for name, file in weight_map.items():
                 expected.setdefault(_inside(folder, file, index), set()).add(name)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-            raise EffllmError(f"{index} is no valid index: it must map tensor names to files under 'weight_map'") from None
+            raise EffllmError(
+                f"{index} is no valid index: it must map tensor names to files under 'weight_map'"
+            ) from None
         for file in expected:
             if not file.is_file():
                 raise EffllmError(f"{index} names {file.name}, which is not in {folder}; download the missing shard")
@@ -181,10 +185,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            raise EffllmError(f"{file}: tensor {name!r} begins at byte {begin}, not at {position}; the header is corrupt")
+            raise EffllmError(
+                f"{file}: tensor {name!r} begins at byte {begin}, not at {position}; the header is corrupt"
+            )
         position = end
     if 8 + length + position != size:
-        raise EffllmError(f"{file} has {size} bytes, but its header describes {8 + length + position}: truncated or corrupt")
+        raise EffllmError(
+            f"{file} has {size} bytes, but its header describes {8 + length + position}: truncated or corrupt"
+        )
     return tensors
 
 
@@ -212,7 +220,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     if path.is_file():
         raise UsageError(f"{name} is a file; name the model folder that holds it")
     if repository.count("/") != 1 or repository.startswith(("/", ".", "~")):
-        raise UsageError(f"{name!r} is no folder, no alias and no hub id (owner/name): {nearest(name, ['demo', *aliases()])}")
+        raise UsageError(
+            f"{name!r} is no folder, no alias and no hub id (owner/name): {nearest(name, ['demo', *aliases()])}"
+        )
     return _download(repository, revision)
 
 
@@ -226,7 +236,9 @@ def _download(repository: str, revision: str | None) -> Path:
     except HFValidationError as error:
         raise UsageError(f"{repository!r} is no valid hub id: {error}") from None
     except LocalEntryNotFoundError:
-        raise EffllmError(f"cannot reach the hub for {repository!r} and it is not in the cache: check the network") from None
+        raise EffllmError(
+            f"cannot reach the hub for {repository!r} and it is not in the cache: check the network"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EffllmError(f"cannot download {repository!r} from the hub: {reason}") from None

@@ -97,7 +97,7 @@ def compress(
     if as_json:
         _print(result.model_dump_json(indent=2))
     else:
-        from effllm.tables import show_result
+        from effllm.report.tables import show_result
 
         show_result(result)
 
@@ -121,7 +121,7 @@ def plan(
 ) -> None:
     """Show what a plan would do, from config and headers alone: every layer, its bits and bytes, the memory to run."""
     import effllm
-    from effllm.tables import dry_run_json, show_dry_run
+    from effllm.report.tables import dry_run_json, show_dry_run
 
     wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
     found = effllm.plan(model, wanted, context=context, revision=revision)
@@ -137,11 +137,14 @@ def plan(
 def evaluate(
     model: ModelArgument,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="The original, for KL and top-1 agreement (what OUT names, if demo).")
+        str | None,
+        typer.Option("--baseline", help="The original, for KL and top-1 agreement (what OUT names, if demo)."),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="Text to measure on, one row each. Repeatable. Default: a held-out book's beginning."),
+        typer.Option(
+            "--text", help="Text to measure on, one row each. Repeatable. Default: a held-out book's beginning."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 32,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens a window.")] = 512,
@@ -164,7 +167,7 @@ def evaluate(
         dumped = [result.model_dump(mode="json") for result in results]
         _print(json.dumps(dumped[0] if len(dumped) == 1 else dumped, indent=2))
     else:
-        from effllm.tables import show_result
+        from effllm.report.tables import show_result
 
         for result in results:
             show_result(result)
@@ -176,7 +179,7 @@ def list_methods(
     as_json: JsonOption = False,
 ) -> None:
     """List every method and preset with its paper; with a NAME, explain it."""
-    from effllm.tables import methods_json, show_methods
+    from effllm.report.tables import methods_json, show_methods
 
     if as_json:
         _print(json.dumps(methods_json(), indent=2))
@@ -199,9 +202,7 @@ def chat(
     """Talk to a model: streams its answer, then tokens per second and memory."""
     from effllm.chat import talk
 
-    talk(
-        model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision
-    )
+    talk(model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision)
 
 
 def _plan(

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from effllm.errors import EffllmError, UsageError
 
 CALIBRATION_TEXT = "calibration.txt"
 EVALUATION_TEXT = "evaluation.txt"
 Document = str | list[dict[str, Any]]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder."""
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise EffllmError(f"{path} has no usable tokenizer ({str(error).splitlines()[0]}); text needs one") from None
 
 
 def packaged_text(name: str) -> Path:
@@ -54,7 +61,7 @@ def token_windows(
 
 def _split_weight(source: str) -> tuple[str, float]:
     name, at, weight = source.rpartition("@")
-    if not at or os.path.exists(source):
+    if not at or Path(source).exists():
         return source, 1.0
     try:
         value = float(weight)
@@ -82,7 +89,9 @@ def _windows(tokenizer: PreTrainedTokenizerBase, source: str | Path, samples: in
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
     if tokenizer.chat_template is None:
-        raise EffllmError("the text holds chat messages, but the model's tokenizer has no chat template; give plain text")
+        raise EffllmError(
+            "the text holds chat messages, but the model's tokenizer has no chat template; give plain text"
+        )
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
 

@@ -35,13 +35,20 @@ def copy_files(source: Path, target: Path) -> None:
 def model_card(name: str, source: Path, result: Result) -> str:
     """`README.md` of a compressed folder: base model, licence, plan and figures."""
     card = source / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S) if card.is_file() else None
+    front = (
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+        if card.is_file()
+        else None
+    )
     licence = re.search(r"^license: *([\w.+-]+) *$", front[1], re.M) if front else None
     lines = ["---", f"base_model: {name}", "library_name: transformers", "tags: [effllm]"]
     lines += [f"license: {licence[1]}"] if licence else []
     lines += ["---", f"# {name}, compressed by effllm", "", result.plan.get("description", ""), ""]
     lines += ["| | |", "|---|---|", f"| plan | {result.plan.get('name', 'custom')} |"]
-    lines += [f"| weight files | {result.stored_bytes / 1e6:.1f} MB |", f"| bits per weight | {result.bits_per_weight:.2f} |"]
+    lines += [
+        f"| weight files | {result.stored_bytes / 1e6:.1f} MB |",
+        f"| bits per weight | {result.bits_per_weight:.2f} |",
+    ]
     for label, value, error, count in (
         ("KL to the original, nats per token", result.kl, result.kl_stderr, result.kl_tokens),
         ("perplexity", result.perplexity, result.perplexity_stderr, result.perplexity_tokens),

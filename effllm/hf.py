@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import effllm
@@ -50,7 +51,7 @@ class EffllmConfig(QuantizationConfigMixin):
                 f"the folder has format {format!r}, written by effllm {version}; this is effllm {effllm.__version__}, "
                 f"which reads up to {FORMAT}: pip install --upgrade effllm"
             )
-        self.quant_method = "effllm"
+        self.quant_method = "effllm"  # type: ignore[assignment]
         self.format = format
         self.version = version or effllm.__version__
         self.sites = sites or []
@@ -156,10 +157,10 @@ def mark_compressed(model: nn.Module, assigned: dict[str, Codec], plan: dict[str
     if not isinstance(model, PreTrainedModel):
         return
     config = EffllmConfig(entries(assigned), plan=plan)
-    model.hf_quantizer = EffllmQuantizer(config)
-    model.is_quantized, model.quantization_method = True, "effllm"
-    model.config.quantization_config = config
-    model.config._is_quantized = True
+    state = {"hf_quantizer": EffllmQuantizer(config), "is_quantized": True, "quantization_method": "effllm"}
+    for name, value in state.items():
+        setattr(model, name, value)
+    model.config.quantization_config, model.config._is_quantized = config, True
     _ignore_guard(model)
 
 
@@ -173,9 +174,13 @@ def decode_all(model: nn.Module) -> nn.Module:
         model.set_submodule(name, layer.dense(weights[owner]))
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
             keys = getattr(model, attribute, None) or {}
-            renamed = {_as_weight(k, name, layer): _as_weight(v, keys[k].rpartition(".")[0], layer) for k, v in keys.items()
-                       if k.startswith(name + ".")}  # fmt: skip
-            setattr(model, attribute, {k: v for k, v in keys.items() if not k.startswith(name + ".")} | renamed)
+            renamed = {}
+            for target, source in keys.items():
+                if target.startswith(name + "."):
+                    target = _as_weight(target, name, layer)
+                    source = _as_weight(source, source.rpartition(".")[0], layer)
+                renamed[target] = source
+            setattr(model, attribute, renamed)
     return model
 
 

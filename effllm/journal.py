@@ -30,7 +30,8 @@ def entries(codecs: dict[str, Codec]) -> Entries:
     for site, codec in codecs.items():
         grouped.setdefault(codec, []).append(site)
     return [
-        {"method": codec.name(), "settings": codec.settings(), "sites": _fold(sites)} for codec, sites in grouped.items()
+        {"method": codec.name(), "settings": codec.settings(), "sites": _fold(sites)}
+        for codec, sites in grouped.items()
     ]
 
 

@@ -73,7 +73,8 @@ class CodecModule(nn.Module):
             return fn(tensor.data.view(as_integers)).view(dtype)
 
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.replaced_class, self.__dict__)
@@ -83,7 +84,9 @@ class _Linear(torch.autograd.Function):
     """`codec.linear` that keeps only the packed tensors for backward and decodes them again there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codec: Codec, shape: tuple[int, int], names: tuple[str, ...], *stored: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, codec: Codec, shape: tuple[int, int], names: tuple[str, ...], *stored: Tensor
+    ) -> Any:
         ctx.codec, ctx.shape, ctx.names = codec, shape, names
         ctx.save_for_backward(*stored)
         return codec.linear(x, dict(zip(names, stored, strict=True)), shape)
@@ -106,22 +109,22 @@ class CodecProduct(CodecModule):
             out = _Linear.apply(input, self.codec, self.matrix_shape, tuple(stored), *stored.values())
         else:
             out = self.codec.linear(input, stored, self.matrix_shape)
-        return out if self.bias is None else out + self.bias
+        return cast(Tensor, out if self.bias is None else out + self.bias)
 
 
-class CodecLinear(CodecProduct, nn.Linear):
+class CodecLinear(CodecProduct, nn.Linear):  # type: ignore[misc, override]
     """A Linear whose weight `[out, in]` is encoded."""
 
     replaced_class = nn.Linear
 
 
-class CodecConv1D(CodecProduct, Conv1D):
+class CodecConv1D(CodecProduct, Conv1D):  # type: ignore[misc]
     """A GPT-2 style Conv1D, whose dense weight would be `[in, out]`; stored as `[out, in]`."""
 
     replaced_class = Conv1D
 
 
-class CodecEmbedding(CodecModule, nn.Embedding):
+class CodecEmbedding(CodecModule, nn.Embedding):  # type: ignore[misc, override]
     """An Embedding `[entries, width]` that decodes only the rows looked up."""
 
     replaced_class = nn.Embedding
@@ -132,9 +135,11 @@ class CodecEmbedding(CodecModule, nn.Embedding):
 
 
 @cache
-def codec_class(base: type[nn.Module]) -> type[CodecModule]:
+def codec_class(base: type[Any]) -> type[CodecModule]:
     """The codec layer for modules of class `base`. A subclass whose forward calls `super()` keeps what it adds."""
-    layer = CodecConv1D if issubclass(base, Conv1D) else CodecEmbedding if issubclass(base, nn.Embedding) else CodecLinear
+    layer = (
+        CodecConv1D if issubclass(base, Conv1D) else CodecEmbedding if issubclass(base, nn.Embedding) else CodecLinear
+    )
     if base is layer.replaced_class:
         return layer
     bases = (base, layer) if cooperates(base) else (layer, base)
@@ -158,19 +163,20 @@ def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owne
     del state["_parameters"]["weight"]
     layer = _rebuild(type(module), state)
     layer.codec, layer.matrix_shape, layer.stored_names = codec, matrix_shape(module), tuple(stored)
-    layer.compute_dtype = module.weight.dtype
+    layer.compute_dtype = cast(Tensor, module.weight).dtype
     for name, tensor in stored.items():
         if tensor.is_floating_point():
             layer.register_buffer(name, tensor, persistent=owner)
         else:
-            layer.register_parameter(name, tensor if not owner else nn.Parameter(tensor, requires_grad=False))
+            parameter = nn.Parameter(tensor, requires_grad=False) if owner else cast(nn.Parameter, tensor)
+            layer.register_parameter(name, parameter)
     return layer
 
 
 def empty_codec_layer(module: nn.Module, codec: Codec) -> CodecModule:
     """`codec_layer` with uninitialised stored tensors on the device of `module`, for a loader to fill."""
     layout = codec.layout(matrix_shape(module))
-    device = module.weight.device
+    device = cast(Tensor, module.weight).device
     return codec_layer(
         module, codec, {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in layout.items()}
     )

@@ -26,7 +26,8 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
     cls = model_class(checkpoint.config)
-    loaded, info = cls.from_pretrained(checkpoint.folder, output_loading_info=True, **kwargs)
+    opened: Any = cls.from_pretrained(checkpoint.folder, output_loading_info=True, **kwargs)
+    loaded, info = opened
     missing = sorted(info["missing_keys"])
     if missing:
         raise EffllmError(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} tensors in all); write it again")

@@ -134,9 +134,13 @@ def methods() -> dict[str, type[Method]]:
     for point in entry_points(group="effllm.methods"):
         cls = point.load()
         if not (inspect.isclass(cls) and issubclass(cls, Method)):
-            raise UsageError(f"entry point {point.name} = {point.value} is no effllm Method; name a Codec or Score class")
+            raise UsageError(
+                f"entry point {point.name} = {point.value} is no effllm Method; name a Codec or Score class"
+            )
         if point.name in found or cls.name() != point.name:
-            raise UsageError(f"entry point {point.name} = {point.value}: the name must be new and the file's: {cls.name()}")
+            raise UsageError(
+                f"entry point {point.name} = {point.value}: the name must be new and the file's: {cls.name()}"
+            )
         found[point.name] = cls
     return dict(sorted(found.items()))
 

@@ -70,8 +70,8 @@ class Step(_Strict):
 
     def high_blocks(self, blocks: int) -> int:
         """How many of `blocks` blocks get `high`."""
-        low, high = self.low.bits, self.high.bits  # type: ignore[union-attr]
-        return math.floor((self.average_bits - low) / (high - low) * blocks + 1e-9)  # type: ignore[operator]
+        low, high = (getattr(codec, "bits", 0) for codec in (self.low, self.high))
+        return math.floor(((self.average_bits or 0) - low) / (high - low) * blocks + 1e-9)
 
 
 class Plan(_Strict):

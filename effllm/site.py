@@ -5,10 +5,10 @@ A site is named by its module path in the class that the model's config names. W
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def find_blocks(model: nn.Module) -> list[str]:
         inside = any(name.startswith(stack + ".") for stack in stacks)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _weight_modules(module)):
             stacks.append(name)
-    return [f"{stack}.{index}" for stack in stacks for index in range(len(model.get_submodule(stack)))]
+    return [f"{stack}.{index}" for stack in stacks for index, _ in model.get_submodule(stack).named_children()]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -69,15 +69,28 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def unchanged(model: nn.Module, assigned: Collection[str]) -> list[tuple[str, float]]:
+    """Weights above 1 % of the model's bytes that are at no site in `assigned`, with their share of the bytes."""
+    covered = {name for site in find_sites(model) if site.name in assigned for name in (site.name, *site.tied)}
+    tied = {f"{name}.weight" for site in find_sites(model) for name in site.tied}
+    sizes = {key: tensor.nbytes for key, tensor in model.state_dict().items() if key not in tied}
+    total = sum(sizes.values())
+    return [
+        (key, size / total)
+        for key, size in sizes.items()
+        if size > 0.01 * total and key.removesuffix(".weight") not in covered
+    ]
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """The shape of a module's weight as a codec sees it, `[rows, columns]`."""
-    rows, columns = module.weight.shape
+    rows, columns = cast(torch.Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def matrix(module: nn.Module) -> torch.Tensor:
     """A module's weight as a codec sees it: `[rows, columns]`, contiguous."""
-    weight = module.weight.detach()
+    weight = cast(torch.Tensor, module.weight).detach()
     return weight.t().contiguous() if isinstance(module, Conv1D) else weight
 
 
@@ -93,19 +106,19 @@ def _is_weight(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear) or parametrize.is_parametrized(module):
         return False
     if isinstance(module, (nn.Embedding, Conv1D)):
-        return module.weight.dim() == 2
+        return cast(torch.Tensor, module.weight).dim() == 2
     return isinstance(module, nn.Linear) and (cooperates(type(module)) or computes_linear(type(module)))
 
 
 @cache
-def cooperates(cls: type[nn.Module]) -> bool:
+def cooperates(cls: type[Any]) -> bool:
     """Whether a subclass keeps the inherited forward or calls it through `super()`."""
     forward = cls.forward
     return forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward) or "super" in forward.__code__.co_names
 
 
 @cache
-def computes_linear(cls: type[nn.Linear]) -> bool:
+def computes_linear(cls: type[Any]) -> bool:
     """Whether a Linear subclass with a forward of its own still computes x W^T + b, tried on a small one."""
     try:
         with torch.device("cpu"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -298,7 +298,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.dev
     for module in model.modules():
         names = module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            module._buffers[name] = torch.empty_like(cast(Tensor, module._buffers[name]), device=device)
         if names:
             model._init_weights(module)
     return model

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from effllm.checkpoint import resolve
-from effllm.data import EVALUATION_TEXT, token_windows
+from effllm.data import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.errors import EffllmError
-from effllm.measure.result import Result, describe_run
 from effllm.loading import load
+from effllm.measure.result import Result, describe_run
 from effllm.progress import track
 
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once
@@ -127,14 +127,14 @@ def evaluate(
     facts = describe_run(folder, model=str(model), base_model=None, seconds=0.0)
     name = baseline or (facts["base_model"] if facts["base_model"] == "demo" else None)
     sources = text or ["default"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     windows = token_windows(tokenizer, sources, samples, sequence_length, default=EVALUATION_TEXT)
     settings: dict[str, Any] = {"device_map": device} | ({} if dtype is None else {"dtype": dtype})
     running = measure_run(folder, device)
     reference = None
     if name is not None:
         reference_folder = resolve(name)
-        if AutoTokenizer.from_pretrained(reference_folder).get_vocab() != tokenizer.get_vocab():
+        if load_tokenizer(reference_folder).get_vocab() != tokenizer.get_vocab():
             raise EffllmError(f"{name} and {model} have different tokenizers; name the model it was compressed from")
         reference = load(reference_folder, **settings)
     comparison = compare(load(folder, **settings), windows, reference)

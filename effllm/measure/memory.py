@@ -64,4 +64,4 @@ def scratch(sites: list[Site], config: PreTrainedConfig, context: int, dtype: to
     matrix = max((site.size for site in sites if site.role != "embedding"), default=0)
     inner = max((max(site.shape) for site in sites if site.role == "block"), default=0)
     activations = context * (6 * text.hidden_size + 3 * inner) * dtype.itemsize
-    return matrix * (8 + dtype.itemsize) + activations + 4 * text.vocab_size
+    return matrix * (8 + dtype.itemsize) + int(activations + 4 * text.vocab_size)

@@ -20,14 +20,12 @@ from effllm.plans import select
 from effllm.site import find_sites
 from effllm.source import skeleton
 
-SCHEMA_VERSION = 1
-
 
 class Result(BaseModel):
     """One measured run. A figure that was not measured is null; `*_stderr` and `*_tokens` are its error and count."""
 
     model_config = ConfigDict(extra="forbid")
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     command: Literal["compress", "eval"]
     message: str = ""
     model: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def main() -> None:
     from effllm.loading import load
     from effllm.measure.result import peak_memory
 
-    model = load(arguments.folder, device_map=arguments.device)
+    model: Any = load(arguments.folder, device_map=arguments.device)
     prompt = torch.arange(16).unsqueeze(0) % model.config.get_text_config().vocab_size
     prompt = prompt.to(model.device)
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

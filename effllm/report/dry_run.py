@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from effllm.checkpoint import Checkpoint, aliases, resolve
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
-from effllm.site import Site, find_sites
+from effllm.site import Site, find_sites, unchanged
 from effllm.source import StoredModel, model_class, skeleton
 
 HEADER_BYTES = 120  # of one tensor in a safetensors header, about
@@ -78,7 +78,7 @@ def plan(
     extra = 0
     if isinstance(model, PreTrainedModel):
         shape, name = model, type(model).__name__
-    elif not os.path.isdir(model) and str(model) in aliases():
+    elif not Path(model).is_dir() and str(model) in aliases():
         name = str(model)
         config = aliases()[name]["config"]
         model_class(config)
@@ -106,9 +106,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
     excluded = {site.name for site in select(wanted.exclude, sites)}
     counted = [site for site in sites if site.name not in excluded]
     weights_bytes = outside + sum(chosen.values()) + extra
-    memory = Memory(
-        weights_bytes, kv_cache(model.config, context, dtype), scratch(sites, model.config, context, dtype)
-    )
+    memory = Memory(weights_bytes, kv_cache(model.config, context, dtype), scratch(sites, model.config, context, dtype))
     return DryRun(
         model=name,
         plan=wanted,
@@ -120,11 +118,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
         context=context,
         working_memory_bytes=_working_memory(model, sites, wanted, dtype),
         seconds=_estimate_seconds(sites, options, wanted, dtype),
-        unchanged=[
-            (key, size / original)
-            for key, size in state.items()
-            if size > 0.01 * original and key not in tied and key.removesuffix(".weight") not in options
-        ],
+        unchanged=unchanged(model, options),
         unloaded=unloaded,
     )
 
@@ -162,8 +156,12 @@ def _rows(sites: list[Site], options: dict[str, tuple[Codec, ...]], plain: dict[
         count = max(len(options.get(site.name, ())) for site in members)
         sizes, labels = [], []
         for index in range(max(1, count)):
-            chosen = {s.name: options[s.name][min(index, len(options[s.name]) - 1)] for s in members if s.name in options}
-            sizes.append(sum(chosen[s.name].stored_bytes(s.shape) if s.name in chosen else plain[s.name] for s in members))
+            chosen = {
+                s.name: options[s.name][min(index, len(options[s.name]) - 1)] for s in members if s.name in options
+            }
+            sizes.append(
+                sum(chosen[s.name].stored_bytes(s.shape) if s.name in chosen else plain[s.name] for s in members)
+            )
             kept = ["unchanged"] if len(chosen) < len(members) else []
             labels.append(" + ".join([*dict.fromkeys(codec.label() for codec in chosen.values()), *kept]))
         table.append(Row(name, weights, tuple(labels), tuple(8 * size / weights for size in sizes), tuple(sizes)))
@@ -186,20 +184,25 @@ def _estimate_seconds(
     sites: list[Site], options: dict[str, tuple[Codec, ...]], wanted: Plan, dtype: torch.dtype
 ) -> float:
     """Encoding time from timing each codec on a small matrix here, plus the calibration's forward from a small matmul."""
-    rates: dict[Codec, float] = {}
-    sample = torch.randn(256, 1024)
-    for codec in {codec for choice in options.values() for codec in choice}:
-        began = time.perf_counter()
-        codec.encode(sample)
-        rates[codec] = (time.perf_counter() - began) / sample.numel()
-    seconds = sum(site.size * max(rates[codec] for codec in options[site.name]) for site in sites if site.name in options)
+    sample = torch.randn(512, 1024)
+    codecs = {codec for choice in options.values() for codec in choice}
+    rates = {codec: _shortest(lambda codec=codec: codec.encode(sample)) / sample.numel() for codec in codecs}
+    seconds = sum(
+        site.size * max(rates[codec] for codec in options[site.name]) for site in sites if site.name in options
+    )
     if wanted.needs_data:
         one = torch.randn(512, 512, dtype=dtype)
-        one @ one
-        began = time.perf_counter()
-        one @ one
-        rate = (time.perf_counter() - began) / one.shape[0] ** 3
+        rate = _shortest(lambda: one @ one) / one.shape[0] ** 3
         weights = sum(site.size for site in sites if site.block)
         seconds += rate * weights * wanted.calibration.samples * wanted.calibration.sequence_length
     return seconds
 
+
+def _shortest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of three runs."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from effllm.dry_run import DryRun
 from effllm.errors import UsageError, nearest
 from effllm.measure.result import Result
 from effllm.method import methods
 from effllm.plans import load_plan, presets
+from effllm.report.dry_run import DryRun
 
 
 def _size(nbytes: float) -> str:
@@ -54,7 +54,9 @@ def show_dry_run(found: DryRun) -> None:
     """The plan's table: what every layer gets, then totals."""
     table = Table(title=f"{found.model}, plan {found.plan.name}", title_justify="left")
     for column in ("layer", "method", "bits", "MB"):
-        table.add_column(column, justify="left" if column in ("layer", "method") else "right", no_wrap=column != "method")
+        table.add_column(
+            column, justify="left" if column in ("layer", "method") else "right", no_wrap=column != "method"
+        )
     for row in found.rows:
         bits = " or ".join(f"{value:.2f}" for value in row.bits)
         method = row.options[0] if len(row.options) == 1 else "the ordering decides"

@@ -1,0 +1,306 @@
+"""`compress_folder`: inspect, collect, choose, rewrite, check, with one unit of the model in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import effllm
+from effllm import hf
+from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
+from effllm.data import load_tokenizer
+from effllm.errors import EffllmError
+from effllm.folder import copy_files, model_card
+from effllm.journal import RunJournal, entries, file_digest
+from effllm.measure.evaluate import evaluate
+from effllm.measure.result import Result, describe_run
+from effllm.method import Codec, Score
+from effllm.pipeline import calibration_batches, encode, report_unchanged
+from effllm.plans import Plan, load_plan
+from effllm.progress import track
+from effllm.source import Source, StoredModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder-to-folder compression: what is asked for, and where it goes."""
+
+    name: str
+    checkpoint: Checkpoint
+    plan: Plan
+    out: Path
+    threads: int
+
+    @property
+    def partial(self) -> Path:
+        """Where the output grows until it is complete."""
+        return self.out.with_name(self.out.name + ".partial")
+
+    def key(self, source: StoredModel) -> str:
+        """Identifies the output's bytes: source, plan, dtype, version, and threads where floats are summed."""
+        facts = {
+            "source": self.checkpoint.identity(),
+            "plan": self.plan.model_dump(mode="json", exclude={"name", "description"}),
+            "dtype": str(source.dtype),
+            "version": effllm.__version__,
+            "threads": self.threads if self.plan.needs_data else None,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def compress_folder(
+    source: str | Path,
+    out: str | Path | None = None,
+    plan: str | Path | dict[str, Any] | Plan = "layerwise-4bit",
+    *,
+    overwrite: bool = False,
+    check: bool | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Result:
+    """Compresses a model folder into another, streamed; a killed run resumes with the same call.
+
+    Args:
+        source: a folder, `demo`, an alias or a hub id.
+        out: the output folder; `./NAME-PLAN` by default. It is complete or does not exist.
+        plan: a preset's name, a YAML file, a dictionary or a `Plan`.
+        overwrite: replace an earlier effllm output at `out`, and forget an unfinished one.
+        check: measure KL and perplexity of the result; by default where the plan used data.
+        device: where blocks are run and weights encoded.
+        dtype: dtype of the arithmetic and of the tensors left as they are; the checkpoint's by default.
+        revision: hub revision.
+        seed: seed of everything random.
+
+    Raises:
+        UsageError, EffllmError: see `Checkpoint.open`, `load_plan`, `StoredModel`; a full disk, an `out` that holds
+            something else, a weight with NaN or inf.
+    """
+    torch.manual_seed(seed)
+    began = time.monotonic()
+    checkpoint = Checkpoint.open(resolve(source, revision))
+    wanted = load_plan(plan)
+    name = Path(source).name if Path(source).is_dir() else str(source)
+    target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
+    run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads())
+    stored = StoredModel(checkpoint, dtype, device)
+    key = run.key(stored)
+    if _finished(run, key, overwrite):
+        return _result(run, began, None, "already done: nothing was changed")
+    if overwrite and run.partial.exists():
+        shutil.rmtree(run.partial)
+    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)))
+    measure = wanted.needs_data if check is None else check
+    try:
+        with _explain_full_disk(run):
+            result = _carry_out(run, stored, key, measure, overwrite, began)
+    except FileNotFoundError:
+        if not _finished(run, key, overwrite=False):
+            raise
+        return _result(run, began, None, "finished by another process")
+    return result
+
+
+def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite: bool, began: float) -> Result:
+    journal = RunJournal(run.partial, key)
+    assigned = _choose(run, source, journal)
+    report_unchanged(source.model, assigned)
+    for key in source.unloaded:
+        logger.warning("not loaded by the class, kept byte for byte: %s", key)
+    files = _rewrite(run, source, assigned, journal)
+    with journal.claim("finish"):
+        _write_index(run, files)
+        _write_config(run, source, assigned, key)
+        copy_files(run.checkpoint.folder, run.partial)
+        measured = evaluate(run.partial, baseline=run.checkpoint.folder) if measure else None
+        result = _result(run, began, measured, folder=run.partial)
+        (run.partial / "README.md").write_text(model_card(run.name, run.checkpoint.folder, result), encoding="utf-8")
+        _publish(run, overwrite)
+    journal.remove(run.out)
+    return result
+
+
+def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
+    """An upper bound of the output's tensor bytes: each site at the largest option that the plan may choose."""
+    tied = {f"{name}.weight" for site in source.sites for name in site.tied}
+    total = sum(tensor.nbytes for name, tensor in source.model.state_dict().items() if name not in tied)
+    for site in source.sites:
+        if site.name in options:
+            dense = source.model.get_submodule(site.name).weight.nbytes
+            total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - int(dense)  # type: ignore
+    return total
+
+
+def _finished(run: Run, key: str, overwrite: bool) -> bool:
+    """Whether `out` is this very output; raises where it holds something else."""
+    if not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir())):
+        return False
+    ours = (run.out / "config.json").is_file() and _quantization(run.out).get("quant_method") == "effllm"
+    if ours and _quantization(run.out).get("source", {}).get("key") == key and not overwrite:
+        return True
+    if not ours:
+        raise EffllmError(f"{run.out} holds something that effllm did not write; choose another --out")
+    if not overwrite:
+        raise EffllmError(f"{run.out} holds another effllm model; pass --overwrite to replace it, or another --out")
+    return False
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    return read_config(folder).get("quantization_config") or {}
+
+
+def _check_disk(run: Run, needed: int) -> None:
+    done = sum(file.stat().st_size for file in run.partial.glob("*.safetensors")) if run.partial.exists() else 0
+    existing = next(parent for parent in run.out.parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed - done > free:
+        raise EffllmError(
+            f"{existing} has {free / 1e9:.2f} GB free, and the output needs up to {needed / 1e9:.2f} GB; free some, or "
+            "choose another --out"
+        )
+
+
+@contextlib.contextmanager
+def _explain_full_disk(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if "No space left" not in str(error):
+            raise
+        raise EffllmError(
+            f"the disk of {run.out.parent} is full; free some and give the same command: what is finished in "
+            f"{run.partial.name} is kept"
+        ) from None
+
+
+def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Codec]:
+    """The codec of every site; scores that an earlier run recorded are not computed again."""
+    ranks: dict[Score, dict[str, float]] = {}
+    for score in run.plan.scores():
+        with journal.claim(f"score-{score.name()}"):
+            line = journal.find("score", score.label())
+            if line is None:
+                settings, folder = run.plan.calibration, run.checkpoint.folder
+                batches = calibration_batches(settings, load_tokenizer(folder)) if score.needs_data else []
+                values = score.score(source, batches)
+                journal.add("score", score.label(), values=values)
+            else:
+                values = line["values"]
+        ranks[score] = values
+    return run.plan.assign(source.sites, ranks)
+
+
+def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[Path]:
+    """Writes one shard a unit, skipping those that are done; returns all of them in order once every one stands."""
+    units = [*source.units, *(["extra"] if source.unloaded else [])]
+    files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
+    waiting = False
+    while True:
+        pending = [unit for unit in units if journal.find("unit", unit) is None]
+        if not pending:
+            return [run.partial / files[unit] for unit in units]
+        for unit in track(pending, "rewrite", total=len(pending)):
+            with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
+                if mine and journal.find("unit", unit) is None:
+                    tensors = _extra(source) if unit == "extra" else _encode_unit(source, unit, assigned)
+                    digest = _write(run.partial / files[unit], tensors)
+                    journal.add("unit", unit, file=files[unit], sha256=digest)
+        waiting = True
+
+
+def _extra(source: StoredModel) -> dict[str, Tensor]:
+    """The checkpoint's tensors that the class does not load, byte for byte."""
+    return {key: source.raw(key) for key in source.unloaded}
+
+
+def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
+    """Everything that the output stores of one unit, under the names on disk."""
+    tensors: dict[str, Tensor] = {}
+    with source.resident(unit):
+        for name in source.units[unit]:
+            owner, _, leaf = name.rpartition(".")
+            module = source.model.get_submodule(owner)
+            if leaf == "weight" and owner in assigned:
+                encoded = encode(owner, module, assigned[owner])
+                tensors |= {f"{owner}.{key}": tensor.cpu().contiguous() for key, tensor in encoded.items()}
+            else:
+                tensors[name] = getattr(module, leaf).detach().cpu().contiguous()
+        first = next(iter(assigned))
+        if f"{first}.weight" in source.units[unit]:
+            tensors[f"{first}.weight"] = torch.zeros(1, dtype=torch.uint8)
+        return source.on_disk(tensors)
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes a safetensors file that is whole or absent; returns its SHA-256."""
+    temporary = file.with_name(file.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    digest = file_digest(temporary)
+    temporary.replace(file)
+    return digest
+
+
+def _write_index(run: Run, files: list[Path]) -> None:
+    headers = {file.name: read_header(file) for file in files}
+    total = sum(tensor.nbytes for header in headers.values() for tensor in header.values())
+    weight_map = {name: file for file, header in headers.items() for name in header}
+    _write_json(
+        run.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _write_config(run: Run, source: StoredModel, assigned: dict[str, Codec], key: str) -> None:
+    config = {k: v for k, v in run.checkpoint.config.items() if k not in ("torch_dtype", "auto_map")}
+    config["dtype"] = str(source.dtype).removeprefix("torch.")
+    quantization = hf.EffllmConfig(
+        entries(assigned),
+        plan=run.plan.model_dump(mode="json", exclude_defaults=True),
+        source={"model": run.name, "key": key},
+    )
+    _write_json(run.partial / "config.json", {**config, "quantization_config": quantization.to_dict()})
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _publish(run: Run, overwrite: bool) -> None:
+    """Gives the finished folder its name. The earlier output, if any, is gone only after that."""
+    for file in run.partial.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if overwrite and run.out.exists():
+        old = run.out.with_name(run.out.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        run.out.rename(old)
+        run.partial.rename(run.out)
+        shutil.rmtree(old)
+    else:
+        run.partial.rename(run.out)
+
+
+def _result(run: Run, began: float, measured: Result | None, message: str = "", folder: Path | None = None) -> Result:
+    """The Result of a run: what was measured, or what can be read off the finished folder."""
+    finished = folder or run.out
+    facts = describe_run(finished, model=str(run.out), base_model=run.name, seconds=time.monotonic() - began)
+    values = (measured.model_dump() if measured else {}) | {k: v for k, v in facts.items() if v is not None}
+    return Result.model_validate({**values, "command": "compress", "message": message})

@@ -1,0 +1,537 @@
+"""What "Layer-Wise Quantization" (arXiv 2406.17415) claims, measured on one model.
+
+    python evals/layerwise.py MODEL_FOLDER --out results/layerwise.json
+
+Only the Linear weights of the decoder blocks are quantised, and every width uses the same group size, so that rows with
+equal average bits have equal bytes. Embeddings, head and norms stay as they are in every row. A block that is dropped is
+replaced by the identity and its weights count as gone. Three tables:
+
+1. widths and orders: the original; all blocks at 8, 4, 3 bits; 4 and 2 bits mixed to averages of 3.5 and 3.0, the order
+   given by LIM, LIM with one vector a text, ZD, reversed LIM, and three random orders;
+2. lowering bits against dropping blocks: the n least important blocks by LIM;
+3. how many blocks can be lowered before quality breaks, by LIM and by three random orders.
+
+Table 1 uses all windows of held-out text, tables 2 and 3 every few of them. Standard errors are over windows; differences
+are paired by window. Written are OUT (a JSON list of rows, with the keys of effllm's Result) and OUT with the suffix .md.
+Finished windows are kept beside OUT, so that a killed run goes on with the same command.
+
+Each block is encoded once a width, by `effllm.compress`; a row then puts the decoded weights into the dense model. On the
+first window one row is checked against the model that `effllm.compress` makes of the same plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+import effllm
+from effllm.checkpoint import Checkpoint, resolve
+from effllm.data import EVALUATION_TEXT, token_windows
+from effllm.hf import codec_modules
+from effllm.measure.evaluate import Comparison, compare, standard_error
+from effllm.measure.result import Result, describe_run
+from effllm.method import Codec
+from effllm.pipeline import BATCH
+from effllm.plans import Calibration, Plan, load_plan
+from effllm.source import LiveModel
+
+SEEDS = (0, 1, 2)
+PAIRS = ((8, 4), (4, 2))
+CHUNK = 8  # tokens whose distributions over the vocabulary are held in fp32 at once
+PERPLEXITY_LIMIT = 1.10  # of the high-width model
+KL_LIMIT = 0.1  # nats a token above the high-width model
+Values = tuple[float, float, float, float]  # means over one window, as in Comparison: nll, baseline nll, KL, agreement
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: what is done to the model, and in which tables it appears."""
+
+    name: str
+    plan: Plan | None = None
+    """None leaves the weights as they are."""
+    dropped: int = 0
+    """How many of the least important blocks by LIM are removed."""
+    order: str = ""
+    pair: tuple[int, int] | None = None
+    """High and low bits; equal in a uniform row."""
+    lowered: int = 0
+    tables: tuple[str, ...] = field(default=(), compare=False)
+
+
+def mixed(order: str, high: int, low: int, lowered: int, blocks: int, group: int) -> Plan:
+    """The plan that gives `lowered` of `blocks` blocks `low` bits, the others `high`; the blocks' Linears only."""
+    kept = {"exclude": ["embeddings", "head"]}
+    codecs = [f"quantize:bits={bits},group_size={group}" for bits in (high, low)]
+    if lowered in (0, blocks) or high == low:
+        return load_plan({**kept, "steps": [{"sites": ["blocks"], "use": codecs[lowered == blocks]}]})
+    average = high - (high - low) * lowered / blocks
+    ordered = {"order": order, "high": codecs[0], "low": codecs[1], "average_bits": average}
+    return load_plan({**kept, "steps": [{"sites": ["blocks"], **ordered}]})
+
+
+def variants(blocks: int, group: int, quick: bool) -> list[Variant]:
+    """Every row of the three tables; a row that several tables show is one variant."""
+    found: dict[tuple[Any, ...], Variant] = {}
+
+    def add(table: str, name: str, high: int, low: int, lowered: int, order: str = "", dropped: int = 0) -> None:
+        order = order if 0 < lowered < blocks else ""
+        high, low = (low, low) if lowered == blocks else (high, high) if lowered == 0 else (high, low)
+        key = (high, low, lowered if order else 0, order, dropped)
+        tables = (*found[key].tables, table) if key in found else (table,)
+        plan = mixed(order or "lim", high, low, lowered, blocks, group)
+        found[key] = Variant(
+            found[key].name if key in found else name, plan, dropped, order, (high, low), lowered, tables
+        )
+
+    for bits in (8, 4, 3):
+        add("main", f"uniform {bits}", bits, bits, 0)
+    randoms = {f"random:seed={seed}": f"random, seed {seed}" for seed in SEEDS}
+    orders = {"lim": "LIM", "lim:reduce=sequence": "LIM, a vector a text", "zd": "ZD", "reversed": "reversed LIM"}
+    for average in (3.5, 3.0):
+        lowered = blocks - load_plan(
+            {"steps": [{"sites": ["blocks"], "order": "lim", "high": "quantize:bits=4", "low": "quantize:bits=2",
+                        "average_bits": average}]}
+        ).steps[0].high_blocks(blocks)  # fmt: skip
+        for order, label in (orders | randoms).items():
+            add("main", f"4/2, {lowered} of {blocks} at 2: {label}", 4, 2, lowered, order)
+    grid = counts(blocks, quick)
+    for high, low in PAIRS:
+        for n in grid:
+            for order, label in {"lim": "LIM", **randoms}.items():
+                add("sweep", f"{high}/{low}, {n} of {blocks} at {low}: {label}", high, low, n, order)
+        for n in drops(grid, blocks):
+            add("drop", f"{high}/{low}, {n} of {blocks} at {low}: LIM", high, low, n, "lim")
+            add("drop", f"uniform {high}, {n} of {blocks} dropped: LIM", high, high, 0, dropped=n)
+    return [Variant("original", tables=("main",)), *found.values()]
+
+
+def counts(blocks: int, quick: bool) -> list[int]:
+    """How many blocks the sweep lowers: every count up to a third, then every second one, and all."""
+    dense = range(blocks // 3 + 1)
+    return sorted({*dense, *range(0, blocks, 2), blocks}) if not quick else sorted({0, 1, blocks // 2, blocks})
+
+
+def drops(grid: list[int], blocks: int) -> list[int]:
+    """The counts of table 2: about an eighteenth, a ninth, a quarter and a half of the blocks."""
+    inner = [n for n in grid if 0 < n < blocks]
+    return sorted({min(inner, key=lambda n: abs(n - blocks * share)) for share in (1 / 18, 1 / 9, 1 / 4, 1 / 2)})
+
+
+class Bench:
+    """The dense model, its blocks decoded from every width, and the scores: puts any variant into the model."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[Variant], calibration: Tensor, group: int):
+        self.model, self.calibration = model, calibration
+        self.source = LiveModel(model)
+        self.sites = {site.name: site for site in self.source.sites if site.role == "block"}
+        self.plain = sum(site.size for site in self.sites.values()) * model.dtype.itemsize
+        tied = {f"{name}.weight" for site in self.source.sites for name in site.tied}
+        self.total = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied)
+        scores = list(dict.fromkeys(score for row in rows if row.plan is not None for score in row.plan.scores()))
+        self.ranks = {score: score.score(self.source, list(calibration.split(BATCH))) for score in scores}
+        lim = next(values for score, values in self.ranks.items() if score.settings() == {"reduce": "token"})
+        self.least = sorted(self.source.blocks, key=lambda block: (-lim[block], block))[::-1]  # ties as in Plan.assign
+        self.hands_on_tuple = self._hands_on_tuple()
+        self.decoded: dict[Codec, dict[str, Tensor]] = {}
+        for bits in sorted({bits for row in rows for bits in row.pair or ()}):
+            packed = effllm.compress(copy.deepcopy(model), mixed("lim", bits, bits, 0, 1, group))
+            layers = codec_modules(packed)
+            self.decoded[next(iter(layers.values())).codec] = {name: layer.decoded() for name, layer in layers.items()}
+
+    def assigned(self, variant: Variant) -> dict[str, Codec]:
+        """Site -> codec, as `effllm.compress` would choose."""
+        return {} if variant.plan is None else variant.plan.assign(self.source.sites, self.ranks)
+
+    def nbytes(self, variant: Variant) -> int:
+        """Stored bytes of the blocks' Linears: codes, scales and zero points counted, dropped blocks gone."""
+        assigned, gone = self.assigned(variant), self.least[: variant.dropped]
+        kept = [site for site in self.sites.values() if site.block not in gone]
+        plain = self.model.dtype.itemsize
+        return sum(assigned[s.name].stored_bytes(s.shape) if s.name in assigned else s.size * plain for s in kept)
+
+    def _hands_on_tuple(self) -> bool:
+        """Whether a block returns a tuple."""
+        seen: list[Any] = []
+        hook = self.model.get_submodule(self.least[0]).register_forward_hook(lambda *call: seen.append(call[2]))
+        with torch.no_grad():
+            self.model(input_ids=self.calibration[:1, :8], use_cache=False)
+        hook.remove()
+        return isinstance(seen[0], tuple)
+
+    @contextlib.contextmanager
+    def applied(self, variant: Variant) -> Iterator[PreTrainedModel]:
+        """The model with the variant's weights in place of its own, restored after."""
+
+        def identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states, None, None) if self.hands_on_tuple else hidden_states
+
+        assigned = self.assigned(variant)
+        modules = {name: self.model.get_submodule(name) for name in assigned}
+        gone = [self.model.get_submodule(name) for name in self.least[: variant.dropped]]
+        own = {name: module.weight.data for name, module in modules.items()}
+        try:
+            for name, module in modules.items():
+                module.weight.data = self.decoded[assigned[name]][name]
+            for block in gone:
+                block.forward = identity
+            yield self.model
+        finally:
+            for name, module in modules.items():
+                module.weight.data = own[name]
+            for block in gone:
+                del block.forward
+
+
+class Window:
+    """One window of text under the original model, kept for all variants; the figures are those of `compare`."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, tokens: Tensor):
+        self.ids, self.targets = tokens.unsqueeze(0), tokens[1:].unsqueeze(1)
+        logits = model(input_ids=self.ids, use_cache=False).logits[0, :-1]
+        self.p = torch.empty(logits.shape)
+        self.top = logits.float().argmax(-1) if len(logits) <= CHUNK else torch.cat(
+            [part.float().argmax(-1) for part in logits.split(CHUNK)]
+        )  # fmt: skip
+        nll = negative_entropy = 0.0
+        for start in range(0, len(logits), CHUNK):
+            part = slice(start, start + CHUNK)
+            log_p = logits[part].float().log_softmax(-1)
+            torch.exp(log_p, out=self.p[part])
+            negative_entropy += float(_dot(self.p[part], log_p).double().sum())
+            nll -= float(log_p.gather(1, self.targets[part]).double().sum())
+        self.nll, self.negative_entropy = nll / len(logits), negative_entropy / len(logits)
+
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel) -> Values:
+        """Mean nll, the original's nll, KL from the original, and top-1 agreement with it."""
+        logits = model(input_ids=self.ids, use_cache=False).logits[0, :-1]
+        nll = cross = same = 0.0
+        for start in range(0, len(logits), CHUNK):
+            part = slice(start, start + CHUNK)
+            q = logits[part].float()
+            total = q.logsumexp(-1)
+            nll += float((total - q.gather(1, self.targets[part]).squeeze(1)).double().sum())
+            cross += float((total - _dot(self.p[part], q)).double().sum())
+            same += float((q.argmax(-1) == self.top[part]).sum())
+        count = len(logits)
+        return nll / count, self.nll, self.negative_entropy + cross / count, same / count
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Row by row inner products of `[n, width]`, without a temporary of that size."""
+    return torch.bmm(one.unsqueeze(1), other.unsqueeze(2)).view(-1)
+
+
+def check(bench: Bench, variant: Variant, window: Tensor, values: Values) -> dict[str, Any]:
+    """One variant against `effllm.compress` of the same plan, and its figures against `effllm.measure`'s.
+
+    Raises:
+        AssertionError: the codecs differ, logits differ by more than rounding, or a figure does.
+    """
+    assert variant.plan is not None
+    packed: Any = effllm.compress(copy.deepcopy(bench.model), variant.plan, calibration=bench.calibration)
+    codecs = {name: layer.codec for name, layer in codec_modules(packed).items()}
+    assert codecs == bench.assigned(variant), "effllm.compress chose other codecs than this table"
+    ids = window.unsqueeze(0)
+    with torch.no_grad(), bench.applied(variant) as dense:
+        ours = dense(input_ids=ids, use_cache=False).logits
+        theirs = packed(input_ids=ids, use_cache=False).logits
+    equal = torch.equal(ours, theirs)
+    difference = float((ours - theirs).abs().max())
+    assert difference <= 2**-6 * float(theirs.abs().max()), f"{variant.name}: logits differ by up to {difference}"
+    figures = compare(packed, window.unsqueeze(0), baseline=bench.model)
+    assert figures.kl is not None
+    found = (float(figures.nll[0]), float(figures.kl[0]))
+    assert max(abs(found[0] - values[0]), abs(found[1] - values[2])) < 1e-2, f"{variant.name}: {found} is not {values}"
+    return {
+        "logits_equal": equal,
+        "largest_difference": difference,
+        "nll_kl": found,
+        "nll_kl_here": (values[0], values[2]),
+    }
+
+
+class SideFile:
+    """Finished windows, one JSON line each, after a line that says which run they belong to."""
+
+    def __init__(self, path: Path, key: str):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a crash
+                lines.append(json.loads(line))
+        self.done: dict[int, dict[str, Values]] = {}
+        if lines and lines[0] == {"key": key}:
+            self.done = {line["window"]: {name: tuple(v) for name, v in line["values"].items()} for line in lines[1:]}
+            self._write("")
+        else:
+            path.write_text(json.dumps({"key": key}) + "\n")
+
+    def add(self, window: int, values: dict[str, Values]) -> None:
+        """Writes one finished window down."""
+        self.done[window] = values
+        self._write(json.dumps({"window": window, "values": values}))
+
+    def _write(self, line: str) -> None:
+        with self.path.open("a") as stream:
+            stream.write(line + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+Table = dict[str, Tensor]  # variant name -> [windows, 4], the columns of Values
+
+
+def table_of(done: dict[int, dict[str, Values]], windows: list[int]) -> Table:
+    """The values of the variants that were measured on all of `windows`."""
+    names = [name for name in done[windows[0]] if all(name in done[window] for window in windows)]
+    return {name: torch.tensor([done[w][name] for w in windows], dtype=torch.float64) for name in names}
+
+
+def with_random_means(table: Table, rows: list[Variant]) -> list[Variant]:
+    """`rows` and, after each set of random orders, the mean over its seeds, window by window, put into `table`."""
+    found: list[Variant] = []
+    for row in rows:
+        found.append(row)
+        same = [o for o in rows if o.order.startswith("random") and (o.pair, o.lowered) == (row.pair, row.lowered)]
+        if same and row is same[-1]:
+            name = row.name.rpartition(": ")[0] + f": random, mean of {len(same)}"
+            table[name] = torch.stack([table[other.name] for other in same]).mean(0)
+            found.append(Variant(name, row.plan, 0, "random", row.pair, row.lowered, row.tables))
+    return found
+
+
+def paired(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean and standard error of a difference, paired by window."""
+    return float((one - other).mean()), standard_error(one - other)
+
+
+def describe(
+    bench: Bench, row: Variant, table: Table, rows: list[Variant], facts: dict[str, Any], tokens: int
+) -> dict[str, Any]:
+    """One row as JSON values: a Result, and what this table adds to it."""
+    values, nbytes = table[row.name], bench.nbytes(row)
+    nll, baseline_nll, kl, agreement = values.unbind(1)
+    result = Result.model_validate(
+        {
+            **facts,
+            **Comparison(nll, baseline_nll, kl, agreement, len(nll) * tokens).figures(),
+            "plan": {} if row.plan is None else row.plan.model_dump(mode="json", exclude_defaults=True),
+            "stored_bytes": bench.total - bench.plain + nbytes,
+            "bits_per_weight": 8 * nbytes / sum(site.size for site in bench.sites.values()),
+        }
+    ).model_dump(mode="json", exclude_none=True)
+    extra: dict[str, Any] = {"variant": row.name, "order": row.order, "high_low_bits": row.pair, "lowered": row.lowered}
+    extra |= {"dropped": row.dropped, "block_bytes": nbytes, "windows": len(nll)}
+    extra["nll_minus_baseline"], extra["nll_minus_baseline_stderr"] = paired(nll, baseline_nll)
+    by_lim = {(other.pair, other.lowered): other.name for other in rows if other.order == "lim"}
+    pairs = {"lim": (row.pair, row.lowered) if row.order != "lim" else None}
+    pairs |= {f"{high}_{low}": ((high, low), row.dropped) for high, low in PAIRS if row.pair == (high, high)}
+    for what, key in pairs.items():
+        name = "lim" if what == "lim" else "lowered"
+        if key in by_lim and by_lim[key] in table:
+            for figure, column in (("nll", 0), ("kl", 2)):
+                difference = paired(values[:, column], table[by_lim[key]][:, column])
+                extra[f"{figure}_minus_{name}"], extra[f"{figure}_minus_{name}_stderr"] = difference
+    return extra | result
+
+
+def within(row: dict[str, Any], top: dict[str, Any]) -> bool:
+    """Whether a row of the sweep is still as good as the high-width model, by the limits above."""
+    return bool(row["perplexity"] <= PERPLEXITY_LIMIT * top["perplexity"] and row["kl"] <= top["kl"] + KL_LIMIT)
+
+
+def sweep_of(rows: list[dict[str, Any]], high: int, low: int, order: str) -> list[dict[str, Any]]:
+    """The rows of one sweep from no lowered block to all."""
+    ends = [next(r for r in rows if r["high_low_bits"] == [bits, bits] and not r["dropped"]) for bits in (high, low)]
+    inner = [r for r in rows if r["high_low_bits"] == [high, low] and r["order"] == order]
+    return [ends[0], *sorted(inner, key=lambda row: row["lowered"]), ends[1]]
+
+
+def breaking_point(sweep: list[dict[str, Any]], blocks: int) -> int:
+    """The largest measured count up to which every measured count is within the limits."""
+    largest = 0
+    for index, row in enumerate(sweep):
+        if not within(row, sweep[0]):
+            break
+        largest = blocks if index == len(sweep) - 1 else row["lowered"] if index else 0
+    return largest
+
+
+def markdown(rows: list[dict[str, Any]], blocks: int, note: str) -> str:
+    """The three tables."""
+    head = (
+        "| | bits a weight | MB of blocks | perplexity | KL, nats a token | top-1 | nll minus {} |\n" + "|---" * 7 + "|"
+    )
+
+    def line(row: dict[str, Any]) -> str:
+        key = next((key for key in ("nll_minus_lim", "nll_minus_lowered") if key in row), None)
+        against = "" if key is None else f"{row[key]:+.3f} ± {row[f'{key}_stderr']:.3f}"
+        return (
+            f"| {row['variant']} | {row['bits_per_weight']:.3f} | {row['block_bytes'] / 1e6:.1f} "
+            f"| {row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} "
+            f"| {row['top1_agreement']:.3f} | {against} |"
+        )
+
+    def part(table: str) -> list[dict[str, Any]]:
+        return [row for row in rows if row["table"] == table]
+
+    lines = [note, "", "**1. Widths and orders**", "", head.format("LIM"), *map(line, part("main"))]
+    lines += [
+        "",
+        "**2. Lowering bits against dropping blocks**, least important by LIM first",
+        "",
+        head.format("lowering"),
+    ]
+    lines += [*map(line, part("drop"))]
+    lines += [
+        "",
+        "**3. Blocks lowered before quality breaks**: perplexity within 10 % of the high-width model, and KL at most "
+        f"{KL_LIMIT} nats a token above its KL; the largest n up to which all measured n hold",
+        "",
+    ]
+    lines += [f"| pair | LIM | random, seeds {', '.join(map(str, SEEDS))} |", "|---|---|---|"]
+    swept = part("sweep")
+    for high, low in PAIRS:
+        found = [breaking_point(sweep_of(swept, high, low, order), blocks) for order in _orders()]
+        lines.append(f"| {high}/{low} | {found[0]} of {blocks} | {', '.join(map(str, found[1:]))} |")
+    for high, low in PAIRS:
+        lim, mean = sweep_of(swept, high, low, "lim"), sweep_of(swept, high, low, "random")
+        lines += ["", f"{high}/{low}, perplexity (KL); random is the mean of {len(SEEDS)} orders, in nats:", ""]
+        lines += ["| n lowered | bits a weight | LIM | random | nll of random minus LIM |", "|---|---|---|---|---|"]
+        for index, (one, other) in enumerate(zip(lim, mean, strict=True)):
+            n = 0 if index == 0 else blocks if index == len(lim) - 1 else one["lowered"]
+            gap = (
+                f"{other['nll_minus_lim']:+.3f} ± {other['nll_minus_lim_stderr']:.3f}"
+                if "nll_minus_lim" in other
+                else ""
+            )
+            lines.append(f"| {n} | {one['bits_per_weight']:.3f} | {one['perplexity']:.2f} ({one['kl']:.3f}) | "
+                         f"{other['perplexity']:.2f} ({other['kl']:.3f}) | {gap} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _orders() -> list[str]:
+    return ["lim", *(f"random:seed={seed}" for seed in SEEDS)]
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Measures, or goes on measuring, and returns rows and Markdown."""
+    began = time.monotonic()
+    folder = resolve(arguments.model)
+    settings = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
+    model = effllm.load(folder, **settings).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = arguments.text or ["default"]
+    windows = token_windows(tokenizer, text, arguments.samples, arguments.sequence_length, default=EVALUATION_TEXT)
+    learn = Calibration()
+    size = (2, arguments.sequence_length) if arguments.quick else (learn.samples, learn.sequence_length)
+    calibration = token_windows(tokenizer, learn.sources, *size)
+    blocks = len(LiveModel(model).blocks)
+    rows = variants(blocks, arguments.group_size, arguments.quick)
+    _say(
+        f"{blocks} blocks, {len(rows)} variants, {len(windows)} windows of {windows.shape[1]} tokens; scores and widths"
+    )
+    bench = Bench(model, rows, calibration, arguments.group_size)
+    _say(f"ready after {time.monotonic() - began:.0f} s")
+    facts = describe_run(folder, model=arguments.name or folder.name, base_model=None, seconds=0.0)
+    facts |= {"command": "eval", "baseline": facts["model"], "text": text, "sequence_length": windows.shape[1]}
+    facts |= {"seed": 0, "seconds": None, "process_peak_memory_bytes": None}
+    identity = [Checkpoint.open(folder).identity(), windows.tolist(), calibration.tolist(), [row.name for row in rows],
+                arguments.group_size, str(model.dtype), facts["versions"], torch.get_num_threads()]  # fmt: skip
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    side = SideFile(arguments.out.with_suffix(".windows.jsonl"), key)
+    some = list(range(0, len(windows), max(1, len(windows) // arguments.sweep_samples)))[: arguments.sweep_samples]
+    for index, tokens in enumerate(windows):
+        wanted = [row for row in rows if "main" in row.tables or index in some]
+        if index not in side.done:
+            window, values = Window(model, tokens), {}
+            for row in wanted:
+                if row.plan is None:
+                    values[row.name] = (window.nll, window.nll, 0.0, 1.0)
+                    continue
+                with bench.applied(row) as changed:
+                    values[row.name] = window.measure(changed)
+            if index == 0:
+                checked = next(row for row in rows if row.order == "lim" and "main" in row.tables)
+                _say(f"checked against effllm.compress: {check(bench, checked, tokens, values[checked.name])}")
+            side.add(index, values)
+        _say(f"window {index + 1} of {len(windows)}, {len(wanted)} variants, {time.monotonic() - began:.0f} s")
+    found: list[dict[str, Any]] = []
+    for table, which in (("main", list(range(len(windows)))), ("drop", some), ("sweep", some)):
+        measured = table_of(side.done, which)
+        members = [row for row in rows if table in row.tables]
+        if table == "drop":
+            members.sort(key=lambda row: (-(row.pair or (0,))[0], row.lowered or row.dropped, row.dropped))
+        members = with_random_means(measured, members)
+        described = [describe(bench, row, measured, rows, facts, windows.shape[1] - 1) for row in members]
+        found += [{"table": table, **json.loads(json.dumps(row))} for row in described]
+    swept = [row for row in found if row["table"] == "sweep"]
+    for high, low in PAIRS:
+        for order in [*_orders(), "random"]:
+            top, *inner, _ = sweep_of(swept, high, low, order)
+            for measured_row in inner:
+                measured_row["within_limits"] = within(measured_row, top)
+    shape = f"{len(windows)} windows of {windows.shape[1]} tokens of {', '.join(text)}"
+    note = (
+        f"{facts['model']}, {blocks} blocks, {str(model.dtype).removeprefix('torch.')} arithmetic; range search, groups of "
+        f"{arguments.group_size}; {shape} (default: the held-out slice in the package), "
+        f"{len(windows) * (windows.shape[1] - 1):,} predicted tokens; tables 2 and 3 on {len(some)} of the windows. "
+        "Bits a weight: stored bits of the blocks' Linears, scales and zero points counted, over their number in the "
+        "original; nothing else is quantised. KL is from the original. Standard errors over windows."
+    )
+    return found, markdown(found, blocks, note)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model folder, 'demo', an alias or a hub id")
+    parser.add_argument("--out", type=Path, default=Path("results/layerwise.json"))
+    parser.add_argument("--name", help="the model's name in the results (its folder's)")
+    parser.add_argument("--text", action="append", help="held-out text, as in effllm eval; repeatable")
+    parser.add_argument("--samples", type=int, help="windows of table 1 (33)")
+    parser.add_argument("--sweep-samples", type=int, help="windows of tables 2 and 3 (8)")
+    parser.add_argument("--sequence-length", type=int, help="tokens a window (512)")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (the checkpoint's)"
+    )
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--quick", action="store_true", help="two short windows and few counts: a trial run, no result")
+    arguments = parser.parse_args()
+    for name, usual, short in (("samples", 33, 2), ("sweep_samples", 8, 1), ("sequence_length", 512, 64)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, short if arguments.quick else usual)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    logging.getLogger("effllm").setLevel(logging.ERROR)  # that embeddings stay as they are is said in the table
+    found, tables = run(arguments)
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    arguments.out.with_suffix(".md").write_text(tables, encoding="utf-8")
+    print(tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,8 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -28,7 +34,7 @@ def tiny_llama(tied: bool = True, layers: int = 3, dtype: torch.dtype = torch.bf
         num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, max_position_embeddings=256,
         **changes,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -36,7 +42,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=512, n_embd=256, n_inner=384, n_layer=2, n_head=4, n_positions=128,
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
-    return GPT2LMHeadModel(config).to(torch.bfloat16).eval()
+    return GPT2LMHeadModel._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,7 +66,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            tensors |= {key: handle.get_tensor(key) for key in handle.keys()}
+            tensors |= {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     return tensors
 
 

@@ -1,0 +1,154 @@
+"""The contract that every registered method keeps, other packages' methods included. A new method needs no new test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import read_tensors, save, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM
+
+import effllm
+from effllm.method import Codec, Score, from_spec, methods
+from effllm.site import find_sites, matrix
+from effllm.source import LiveModel
+
+CODECS = [name for name, cls in methods().items() if issubclass(cls, Codec)]
+SCORES = [name for name, cls in methods().items() if issubclass(cls, Score)]
+MODELS = {"llama": tiny_llama, "untied": lambda: tiny_llama(tied=False), "gpt2": tiny_gpt2}
+
+
+def options(name: str, site) -> list[Codec]:
+    return methods()[name].grid(site)
+
+
+def one_option(name: str, model) -> Codec:
+    """The last option that fits every site of the model's blocks."""
+    grids = [options(name, site) for site in find_sites(model) if site.role == "block"]
+    return next(option for option in reversed(grids[0]) if all(option in grid for grid in grids))
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_documented(name):
+    cls = methods()[name]
+    assert cls.__doc__ and len(cls.__doc__.strip().splitlines()[0]) > 20, "the docstring is the documentation"
+    assert cls.paper, "say where the idea comes from, or 'control'"
+    assert cls.name() == name
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_settings_round_trip(name):
+    candidates = options(name, find_sites(tiny_llama())[1]) if name in CODECS else [methods()[name]()]
+    for method in candidates:
+        assert from_spec({name: method.settings()}) == method
+        assert hash(from_spec({name: method.settings()})) == hash(method)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_applies_and_beats_zero(name, model):
+    built = MODELS[model]()
+    seen = set()
+    applied = 0
+    for site in find_sites(built):
+        if site.shape in seen:
+            continue
+        seen.add(site.shape)
+        weight = matrix(built.get_submodule(site.name)).float()
+        for codec in options(name, site):
+            data = codec.encode(weight)
+            decoded = codec.decode(data, site.shape)
+            assert decoded.shape == weight.shape and decoded.is_floating_point()
+            assert torch.isfinite(decoded).all()
+            assert (decoded - weight).norm() < weight.norm(), f"{codec.label()} on {site.name} is no better than zero"
+            layout = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in data.items()}
+            assert layout == codec.layout(site.shape), "encode on the meta device must give the stored shapes"
+            assert codec.stored_bytes(site.shape) == sum(tensor.nbytes for tensor in data.values())
+            assert "weight" not in data, "no stored tensor may be called weight"
+            applied += 1
+    assert applied > 0, f"{name} applies to no site of {model}"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_and_products_agree_with_decode(name):
+    model = tiny_llama()
+    site = find_sites(model)[1]
+    weight = matrix(model.get_submodule(site.name)).float()
+    x = torch.randn(5, site.shape[1], generator=torch.Generator().manual_seed(1))
+    for codec in options(name, site):
+        data = codec.encode(weight)
+        decoded = codec.decode(data, site.shape)
+        index = torch.tensor([3, 0, 3, site.shape[0] - 1])
+        assert torch.equal(codec.decode_rows(data, index, site.shape), decoded[index])
+        torch.testing.assert_close(codec.linear(x, data, site.shape), x @ decoded.float().t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_more_bytes_never_lose(name):
+    """Options that differ in one ordered field: the larger is no worse by more than 5 %."""
+    model = tiny_llama()
+    site = find_sites(model)[1]
+    weight = matrix(model.get_submodule(site.name)).float()
+    measured = [
+        (option.settings(), option.stored_bytes(site.shape), float((option.decode(option.encode(weight), site.shape) - weight).norm()))
+        for option in options(name, site)
+    ]  # fmt: skip
+    compared = 0
+    for one, one_bytes, one_error in measured:
+        for other, other_bytes, other_error in measured:
+            differing = [key for key in one if one[key] != other[key]]
+            if len(differing) == 1 and isinstance(one[differing[0]], (int, float)) and one_bytes > other_bytes:
+                assert one_error <= 1.05 * other_error, f"{one} is larger than {other} and worse"
+                compared += 1
+    assert compared or len(measured) == 1
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_saved_model_equals_live_model(name, model, tmp_path, tokens):
+    built = MODELS[model]()
+    plan = {"steps": [{"sites": ["blocks"], "use": one_option(name, built)}]}
+    effllm.compress(built, plan)
+    expected = built(tokens).logits
+    built.save_pretrained(tmp_path / "out")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, expected)
+    assert torch.equal(effllm.load(tmp_path / "out")(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("model", list(MODELS))
+def test_folder_route_writes_the_live_tensors(name, model, tmp_path):
+    built = MODELS[model]()
+    source = save(built, tmp_path / "source")
+    plan = {"steps": [{"sites": ["blocks"], "use": one_option(name, built)}]}
+    result = effllm.compress_folder(source, tmp_path / "folder", plan)
+    live = AutoModelForCausalLM.from_pretrained(source)
+    effllm.compress(live, plan)
+    live.save_pretrained(tmp_path / "live")
+    one, other = read_tensors(tmp_path / "folder"), read_tensors(tmp_path / "live")
+    assert one.keys() == other.keys()
+    assert all(one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "folder").glob("*.safetensors"))
+    assert result.stored_bytes == on_disk
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_order_all_blocks(name, tokens):
+    source = LiveModel(tiny_llama())
+    score = methods()[name]()
+    batches = [tokens] if score.needs_data else []
+    found = score.score(source, batches)
+    assert set(found) == set(source.blocks)
+    assert len(set(found.values())) > 1, "a score must tell blocks apart"
+    assert score.score(source, batches) == found, "the same data gives the same score"
+
+
+def test_optional_dependencies_are_imported_on_use():
+    code = (
+        "import sys, effllm; effllm.methods(); "
+        "print([m for m in ('datasets', 'peft', 'bitsandbytes', 'tensorly', 'matplotlib', 'gguf') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from effllm.errors import EffllmError, UsageError, nearest
 
@@ -67,7 +68,12 @@ class Checkpoint:
                 raise EffllmError(
                     f"{file}: the index names tensor {sorted(missing)[0]!r}, which the file does not hold"
                 )
+            twice = sorted(found.keys() & tensors.keys())
+            if twice:
+                raise EffllmError(f"{file} and {tensors[twice[0]].file.name} both hold tensor {twice[0]!r}; remove one")
             tensors.update(found)
+        if not tensors:
+            raise EffllmError(f"{folder} holds no tensor; download its weight files again")
         return cls(folder, config, tensors)
 
     @property
@@ -117,6 +123,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise EffllmError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise EffllmError(f"{path} holds no JSON object")
+    for key in ("text_config", "quantization_config", "compression_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise EffllmError(f"{path}: {key} = {config[key]!r} is no JSON object; download it again")
     return config
 
 
@@ -165,7 +174,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else LARGEST_HEADER + 1
         if length > min(LARGEST_HEADER, size - 8):
-            raise EffllmError(f"{file} is no safetensors file, or truncated: its header does not fit in {size} bytes")
+            raise EffllmError(
+                f"{file} is no safetensors file, or truncated: its header does not fit in {size} bytes; download it again"
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -177,7 +188,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             shape = tuple(entry["shape"])
             bits = math.prod(shape) * BITS[entry["dtype"]]
             if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) or (end - begin) * 8 != bits:
-                raise EffllmError(f"{file}: tensor {name!r} has shape {list(shape)}, but {end - begin} bytes")
+                raise EffllmError(
+                    f"{file}: tensor {name!r} has shape {list(shape)}, but {end - begin} bytes; download it again"
+                )
             tensors[name] = StoredTensor(name, file, entry["dtype"], shape, end - begin)
             spans.append((begin, end, name))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError, AttributeError):
@@ -186,14 +199,20 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for begin, end, name in sorted(spans):
         if begin != position:
             raise EffllmError(
-                f"{file}: tensor {name!r} begins at byte {begin}, not at {position}; the header is corrupt"
+                f"{file}: tensor {name!r} begins at byte {begin}, not at {position}: the header is corrupt; download it "
+                "again"
             )
         position = end
     if 8 + length + position != size:
         raise EffllmError(
-            f"{file} has {size} bytes, but its header describes {8 + length + position}: truncated or corrupt"
+            f"{file} has {size} bytes, but its header describes {8 + length + position}: truncated or corrupt; "
+            "download it again"
         )
-    return tensors
+    try:
+        with safe_open(file, framework="pt", backend="pread"):
+            return tensors
+    except SafetensorError as error:
+        raise EffllmError(f"{file} has a corrupt safetensors header ({error}); download it again") from None
 
 
 @cache

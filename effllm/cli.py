@@ -12,6 +12,9 @@ import typer
 
 from effllm.errors import EffllmError, UsageError
 
+WRONG_USAGE: Any = typer.BadParameter.__base__  # click's UsageError, or the one in typer's own copy of click
+INTERRUPTED = 130
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -243,17 +246,26 @@ def _print(text: str) -> None:
 
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 a failure that one line explains, 2 wrong usage."""
-    debug = "--debug" in sys.argv
     try:
-        app()
+        status = app(standalone_mode=False) or 0
+    except WRONG_USAGE as error:
+        status, message = 2, error.format_message().rstrip(".")
+        if message:  # none where no command is given: that has printed the help
+            _complain(f"{message}; see {error.ctx.command_path if error.ctx else 'effllm'} --help")
     except (EffllmError, OSError) as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        sys.stderr.write(f"effllm: {error}\n")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.stderr.write("effllm: interrupted; the same command resumes\n")
-        sys.exit(130)
+        status = 2 if isinstance(error, UsageError) else 1
+        _complain(str(error))
+    except typer.Abort:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _complain("interrupted; the same command resumes")
+    sys.exit(status)
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"effllm: {' '.join(message.split())}\n")
 
 
 if __name__ == "__main__":

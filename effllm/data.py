@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +56,8 @@ def token_windows(
     windows = []
     for source, weight in weighted:
         count = None if samples is None else max(1, round(samples * weight / total))
-        windows.append(_windows(tokenizer, packaged_text(default) if source == "default" else source, count, length))
+        path = packaged_text(default) if source == "default" else source
+        windows.append(windows_of(tokenizer, documents(path), count, length, str(path)))
     return torch.cat(windows)
 
 
@@ -67,16 +69,19 @@ def _split_weight(source: str) -> tuple[str, float]:
         value = float(weight)
     except ValueError:
         return source, 1.0
-    if not value > 0:
-        raise UsageError(f"calibration source {source!r}: the weight after @ must be above zero")
+    if not 0 < value < math.inf:
+        raise UsageError(f"calibration source {source!r}: the weight after @ must be a number above zero")
     return name, value
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, source: str | Path, samples: int | None, length: int) -> Tensor:
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], samples: int | None, length: int, source: str
+) -> Tensor:
+    """`token_windows` of the given texts or message lists, joined; `source` names them in errors."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = length - len(begin)
     ids: list[int] = []
-    for document in documents(source):
+    for document in texts:
         text = document if isinstance(document, str) else _chat_text(tokenizer, document)
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     available = len(ids) // body
@@ -114,10 +119,13 @@ def _file_documents(path: Path) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            for line in filter(str.strip, text.splitlines()):
+            for line in filter(str.strip, text.split("\n")):
                 yield _document(json.loads(line), str(path))
         elif path.suffix == ".json":
-            for row in json.loads(text):
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise EffllmError(f"{path} holds no JSON list of texts or of rows with 'text' or 'messages'")
+            for row in rows:
                 yield _document(row, str(path))
         else:
             yield text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 from effllm.checkpoint import INDEX
@@ -15,21 +14,23 @@ REWRITTEN = ("config.json", INDEX, "README.md")
 LARGEST_FILE = 200_000_000
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, processor, chat template, generation config, licence and other small text files.
+def other_files(source: Path) -> dict[str, Path]:
+    """Name -> file of tokenizer, processor, chat template, generation config, licence and other small text files.
 
     Raises:
         EffllmError: a link that leaves the model folder (a hub cache's own blobs are fine).
     """
+    found = {}
     for file in sorted(source.iterdir()):
         named = file.suffix in COPIED or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         if not named or not file.is_file() or file.name in REWRITTEN or file.name.endswith(".index.json"):
             continue
         real, home = file.resolve(), source.resolve()
         if real.parent != home and real.parent != home.parent.parent / "blobs":
-            raise EffllmError(f"{file} is a link to {real}, outside the model folder; refused")
+            raise EffllmError(f"{file} is a link to {real}, outside the model folder; replace it by a copy")
         if real.stat().st_size <= LARGEST_FILE:
-            shutil.copyfile(real, target / file.name)
+            found[file.name] = real
+    return found
 
 
 def model_card(name: str, source: Path, result: Result) -> str:

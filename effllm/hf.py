@@ -51,6 +51,11 @@ class EffllmConfig(QuantizationConfigMixin):
                 f"the folder has format {format!r}, written by effllm {version}; this is effllm {effllm.__version__}, "
                 f"which reads up to {FORMAT}: pip install --upgrade effllm"
             )
+        for name, value, kind in (("sites", sites, list), ("plan", plan, dict), ("source", source, dict)):
+            if not isinstance(value or kind(), kind):
+                raise EffllmError(
+                    f"config.json: quantization_config.{name} = {str(value)[:80]} is no {kind.__name__}; download it again"
+                )
         self.quant_method = "effllm"  # type: ignore[assignment]
         self.format = format
         self.version = version or effllm.__version__
@@ -72,10 +77,20 @@ class EffllmQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         layers = codec_modules(model)
+        tied = {}
         for target, source in model.all_tied_weights_keys.items():
             pair = target.rpartition(".")[0], source.rpartition(".")[0]
             if pair[0] in layers and pair[1] in layers:
-                tie(layers[pair[0]], layers[pair[1]])
+                tied[pair[0]] = pair[1]
+        for name, layer in layers.items():
+            if name in tied:
+                tie(layer, layers[tied[name]])
+                continue
+            for key, tensor in layer.stored().items():
+                if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):
+                    raise EffllmError(
+                        f"the checkpoint lacks {name}.{key}; it is incomplete: write or download it again"
+                    )
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,14 +9,17 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from effllm.errors import EffllmError
+from effllm.errors import EffllmError, UsageError
 from effllm.method import Codec, from_spec
 
 Entries = list[dict[str, Any]]
+ENTRY = {"method": str, "settings": dict, "sites": list}
+JOURNAL = "journal.jsonl"
 RUN = r"\d{1,5}(?:-\d{1,5})?"
 PATTERN = re.compile(rf"([\w.]*)(?:\{{({RUN}(?:,{RUN})*)\}}([\w.]*))?")
 
@@ -39,14 +42,18 @@ def codecs(journal: Entries) -> dict[str, Codec]:
     """The inverse of `entries`, in journal order. The journal may come from a stranger.
 
     Raises:
-        EffllmError: an entry is malformed, or names a site twice.
-        UsageError: an unknown method or setting.
+        EffllmError: an entry is malformed, names an unknown method or setting, or names a site twice.
     """
     found: dict[str, Codec] = {}
     for entry in journal:
-        if not isinstance(entry, dict) or set(entry) != {"method", "settings", "sites"}:
-            raise EffllmError(f"a journal entry needs method, settings and sites, not {entry!r}")
-        codec = from_spec({entry["method"]: entry["settings"]}, Codec)
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != ENTRY:
+            raise EffllmError(f"a journal entry needs method, settings and sites, not {str(entry)[:200]}")
+        try:
+            codec: Codec = from_spec({entry["method"]: entry["settings"]}, Codec)
+        except UsageError as error:
+            raise EffllmError(
+                f"the journal: {error}; upgrade effllm, or install the package that adds the method"
+            ) from None
         for pattern in entry["sites"]:
             for site in _unfold(pattern):
                 if site in found:
@@ -97,10 +104,11 @@ class RunJournal:
     """
 
     def __init__(self, folder: Path, key: str):
-        self.folder, self.path = folder, folder / "journal.jsonl"
+        self.folder, self.path = folder, folder / JOURNAL
+        _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with self.claim("journal"):
-            lines = self._lines()
+            lines = self._lines() if self.path.exists() else []
             if lines and lines[0].get("key") != key:
                 raise EffllmError(
                     f"{folder} is an unfinished run of another model, plan, thread count or version; "
@@ -110,8 +118,6 @@ class RunJournal:
                 self._append({"key": key})
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
         lines = []
         for raw in self.path.read_bytes().split(b"\n"):
             with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):  # a line torn by a crash
@@ -153,10 +159,29 @@ class RunJournal:
                 return
             yield True
 
-    def remove(self, folder: Path) -> None:
-        """Deletes the journal and the locks from the finished `folder`."""
-        for file in [*folder.glob("*.lock"), folder / self.path.name]:
+    def discard(self) -> None:
+        """Deletes the folder if nothing in it is finished, so that it does not stand in another run's way."""
+        with contextlib.suppress(FileNotFoundError):
+            if len(self._lines()) < 2:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Deletes an unfinished output folder, if there is one."""
+        _refuse_foreign(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Deletes the journal and the locks from a finished `folder`."""
+        for file in [*folder.glob("*.lock"), folder / JOURNAL]:
             file.unlink(missing_ok=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / "journal.lock").exists():
+        raise EffllmError(f"{folder} holds something that effllm did not write; move it, or choose another --out")
 
 
 def file_digest(file: Path) -> str:

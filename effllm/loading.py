@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.errors import EffllmError
-from effllm.source import model_class
+from effllm.source import skeleton, stored_dtype
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -25,9 +25,16 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         EffllmError: the folder is damaged or incomplete, or a layer gives values that are not finite.
     """
     checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
-    cls = model_class(checkpoint.config)
-    opened: Any = cls.from_pretrained(checkpoint.folder, output_loading_info=True, **kwargs)
+    described = skeleton(checkpoint.config, stored_dtype(checkpoint))
+    settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    opened: Any = type(described).from_pretrained(checkpoint.folder, **settings)
     loaded, info = opened
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise EffllmError(
+            f"{checkpoint.folder}: {name} has shape {list(found)}, but config.json describes {list(wanted)}; download "
+            "both again"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise EffllmError(f"{checkpoint.folder} lacks {missing[0]} ({len(missing)} tensors in all); write it again")

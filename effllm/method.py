@@ -181,7 +181,7 @@ def validated(cls: type[BaseModel], values: dict[str, Any], where: str) -> Any:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             leaf = str(first["loc"][-1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from effllm import hf
-from effllm.data import load_tokenizer, token_windows
+from effllm.data import Document, load_tokenizer, token_windows, windows_of
 from effllm.errors import EffllmError, UsageError
 from effllm.layers import codec_layer
 from effllm.method import Codec
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def compress(
     model: nn.Module,
     plan: str | Path | dict[str, Any] | Plan = "layerwise-4bit",
-    calibration: list[str] | Tensor | None = None,
+    calibration: list[Document] | Tensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> nn.Module:
     """Compresses a live model in place; `save_pretrained` then writes a packed folder.
@@ -35,7 +35,7 @@ def compress(
     Args:
         model: any module; blocks and weights are found by structure.
         plan: a preset's name, a YAML file, a dictionary or a `Plan`.
-        calibration: text sources as in `Calibration.sources`, or token ids `[sequences, length]`; the plan's by default.
+        calibration: texts (or lists of chat messages), or token ids `[sequences, length]`; by default what the plan names.
         tokenizer: turns text into tokens; found by the model's own name or path where it is not given.
 
     Returns:
@@ -49,15 +49,11 @@ def compress(
         raise EffllmError("the model is quantised already; compress the original weights")
     wanted = load_plan(plan)
     source = LiveModel(model)
-    batches: list[Tensor] = []
-    if wanted.needs_data and isinstance(calibration, Tensor):
-        batches = list(calibration.split(BATCH))
-    elif wanted.needs_data:
-        settings = wanted.calibration
-        settings = settings.model_copy(update={"sources": calibration}) if calibration else settings
-        batches = calibration_batches(settings, tokenizer or _own_tokenizer(model, wanted))
+    batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
     assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
     report_unchanged(model, assigned)
+    for name in assigned:
+        refuse_nonfinite(f"{name}.weight", matrix(model.get_submodule(name)))
     sites = {site.name: site for site in source.sites}
     for name, codec in track(assigned.items(), "compress"):
         module = model.get_submodule(name)
@@ -67,11 +63,23 @@ def compress(
     return model
 
 
-def _own_tokenizer(model: nn.Module, plan: Plan) -> PreTrainedTokenizerBase:
+def _live_batches(
+    model: nn.Module,
+    plan: Plan,
+    calibration: list[Document] | Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Tensor]:
+    if isinstance(calibration, Tensor):
+        return list(calibration.split(BATCH))
     path = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not path:
+    if tokenizer is None and not path:
         raise UsageError(f"plan {plan.name} needs calibration text: pass tokenizer=, or calibration= as token ids")
-    return load_tokenizer(path)
+    tokenizer = tokenizer or load_tokenizer(path)
+    settings = plan.calibration
+    if calibration is None:
+        return calibration_batches(settings, tokenizer)
+    windows = windows_of(tokenizer, calibration, settings.samples, settings.sequence_length, "calibration=")
+    return list(windows.split(BATCH))
 
 
 def calibration_batches(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
@@ -87,6 +95,15 @@ def report_unchanged(model: nn.Module, assigned: dict[str, Codec]) -> None:
         logger.warning("stays as it is: %s, %.1f %% of the bytes", name, 100 * share)
 
 
+def refuse_nonfinite(name: str, tensor: Tensor) -> None:
+    """Raises EffllmError where a tensor holds NaN or inf."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise EffllmError(
+            f"{name} holds NaN or inf as {tensor.dtype}: the checkpoint is damaged, its training diverged, or the dtype "
+            "is too narrow; download it again, or try another dtype"
+        )
+
+
 @torch.no_grad()
 def encode(name: str, module: nn.Module, codec: Codec) -> dict[str, Tensor]:
     """What `codec` stores for a module's weight.
@@ -95,6 +112,5 @@ def encode(name: str, module: nn.Module, codec: Codec) -> dict[str, Tensor]:
         EffllmError: the weight holds NaN or inf.
     """
     weight = matrix(module)
-    if not bool(torch.isfinite(weight).all()):
-        raise EffllmError(f"{name}.weight holds NaN or inf; the checkpoint is damaged, or its training diverged")
+    refuse_nonfinite(f"{name}.weight", weight)
     return codec.encode(weight)

@@ -209,7 +209,7 @@ def load_plan(plan: str | Path | dict[str, Any] | Plan) -> Plan:
         raise UsageError(f"{path} is larger than {LARGEST_PLAN} bytes; that is no plan")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no plan; a plan has the key 'steps'")

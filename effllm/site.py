@@ -106,19 +106,19 @@ def _is_weight(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear) or parametrize.is_parametrized(module):
         return False
     if isinstance(module, (nn.Embedding, Conv1D)):
-        return cast(torch.Tensor, module.weight).dim() == 2
-    return isinstance(module, nn.Linear) and (cooperates(type(module)) or computes_linear(type(module)))
+        return module.weight.dim() == 2
+    return isinstance(module, nn.Linear) and (cooperates(type(module)) or computes_linear(type(module)))  # type: ignore[arg-type]
 
 
 @cache
-def cooperates(cls: type[Any]) -> bool:
+def cooperates(cls: Any) -> bool:
     """Whether a subclass keeps the inherited forward or calls it through `super()`."""
     forward = cls.forward
     return forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward) or "super" in forward.__code__.co_names
 
 
 @cache
-def computes_linear(cls: type[Any]) -> bool:
+def computes_linear(cls: Any) -> bool:
     """Whether a Linear subclass with a forward of its own still computes x W^T + b, tried on a small one."""
     try:
         with torch.device("cpu"):

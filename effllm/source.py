@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ from effllm.errors import EffllmError, UsageError
 from effllm.site import find_blocks, find_sites
 
 REST = "rest"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Source(ABC):
@@ -46,11 +47,12 @@ class Source(ABC):
 
     def _find_units(self) -> dict[str, list[str]]:
         """Unit -> names in the state dict that it holds; a tied weight belongs to the module that owns it."""
-        tied = {name for site in self.sites for name in site.tied}
+        tied = {f"{name}.weight" for site in self.sites for name in site.tied}
+        tied |= set(getattr(self.model, "all_tied_weights_keys", None) or {})
         single = [site.name for site in self.sites if site.block is None]
         units: dict[str, list[str]] = {name: [] for name in (*single, REST, *self.blocks)}
         for key in self.model.state_dict():
-            if key.removesuffix(".weight") not in tied:
+            if key not in tied:
                 owner = (name for name in (*self.blocks, *single) if key.startswith(name + "."))
                 units[next(owner, REST)].append(key)
         return {name: keys for name, keys in units.items() if keys}
@@ -170,15 +172,13 @@ class StoredModel(Source):
                 f"{checkpoint.folder} is quantised already (quant_method {found!r}); compress the original weights"
             )
         self.checkpoint = checkpoint
-        self.dtype = dtype or _stored_dtype(checkpoint)
+        self.dtype = dtype or stored_dtype(checkpoint)
         super().__init__(skeleton(checkpoint.config, self.dtype, device), device)
         self._targets = self._map_keys()
         state = self.model.state_dict().keys()
         self.unloaded = [key for key, target in self._targets.items() if target not in state]
         self._keys = {unit: self._keys_of(set(names)) for unit, names in self.units.items()}
-        empty = next((unit for unit, keys in self._keys.items() if not keys), None)
-        if empty is not None:
-            raise EffllmError(f"{checkpoint.folder} lacks the weights of {empty} ({self.units[empty][0]})")
+        self._check_headers()
         self._check_tied()
 
     def _conversions(self) -> list[Any]:
@@ -200,6 +200,37 @@ class StoredModel(Source):
 
     def _keys_of(self, names: set[str]) -> list[str]:
         return [key for key, target in self._targets.items() if target in names]
+
+    def _check_headers(self) -> None:
+        """What can be told before reading: tensors that lack or do not fit. Those that are converted are checked on load."""
+        state, folder = self.model.state_dict(), self.checkpoint.folder
+        converted = any(isinstance(entry, WeightConverter) for entry in self._conversions())
+        given = set(self._targets.values())
+        for names in self.units.values():
+            lacking = [name for name in names if name not in given]
+            if lacking and (not converted or len(lacking) == len(names)):
+                raise EffllmError(self._lacks(lacking[0]))
+        for key, target in self._targets.items():
+            tensor = self.checkpoint.tensors[key]
+            if target not in state:
+                continue
+            if state[target].is_floating_point() and tensor.dtype not in FLOATS:
+                raise EffllmError(
+                    f"{folder}: {key} is stored as {tensor.dtype}, which is no float: quantised already, or a corrupt "
+                    "header; compress the original weights"
+                )
+            if not converted and tensor.shape != state[target].shape:
+                raise EffllmError(self._misfit(target, tensor.shape, state[target].shape))
+
+    def _lacks(self, name: str) -> str:
+        needs = f"{self.checkpoint.folder} lacks {name}, which {type(self.model).__name__} needs"
+        return needs + "; download it again, or correct config.json"
+
+    def _misfit(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+        return (
+            f"{self.checkpoint.folder}: {name} has shape {list(found)}, but config.json describes {list(wanted)}; "
+            "download both again"
+        )
 
     def _check_tied(self) -> None:
         for site in self.sites:
@@ -236,17 +267,11 @@ class StoredModel(Source):
                 info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
         missing, mismatched = info.missing_keys & expected, sorted(info.mismatched_keys)
         if missing:
-            raise EffllmError(f"{self.checkpoint.folder} lacks {sorted(missing)[0]}, which {self._class_name()} needs")
+            raise EffllmError(self._lacks(sorted(missing)[0]))
         if mismatched:
-            name, found, wanted = mismatched[0]
-            raise EffllmError(
-                f"{self.checkpoint.folder}: {name} has shape {list(found)}, but config.json describes {list(wanted)}"
-            )
+            raise EffllmError(self._misfit(*mismatched[0]))
         for module in {name.rpartition(".")[0] for name in expected}:
             self.model.get_submodule(module)._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
-
-    def _class_name(self) -> str:
-        return type(self.model).__name__
 
     def on_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` of the unit loaded last under the names that `save_pretrained` would write."""
@@ -264,8 +289,14 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
     Raises:
         EffllmError: it names none, or one that the installed transformers does not have.
     """
-    name = (config.get("architectures") or [None])[0]
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str):
+        raise EffllmError(
+            "config.json names no class under 'architectures'; add the one that transformers shall build, such as "
+            "LlamaForCausalLM"
+        )
+    found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise EffllmError(
             f"config.json names the class {name!r}, which transformers {transformers.__version__} does not have; "
@@ -292,8 +323,13 @@ def load_config(values: dict[str, Any]) -> PreTrainedConfig:
 def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model that `config.json` describes, on the meta device but for what no checkpoint holds (rotary tables)."""
     cls = model_class(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = cls._from_config(load_config(config), dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = cls._from_config(load_config(config), dtype=dtype)
+    except EffllmError:
+        raise
+    except Exception as error:  # transformers' checks and the class's own code raise whatever they like
+        raise EffllmError(f"config.json describes no {cls.__name__}: {' '.join(str(error).split())}") from error
     model.eval()
     for module in model.modules():
         names = module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
@@ -304,14 +340,15 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.dev
     return model
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config names (what `from_pretrained` loads), else that of the largest tensor."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     text = checkpoint.config.get("text_config") or {}
     named = named or text.get("dtype") or text.get("torch_dtype")
     largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
-    short = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}.get(largest.dtype, "float32")
-    dtype = getattr(torch, str(named or short).removeprefix("torch."), None)
+    if named is None:
+        return FLOATS.get(largest.dtype, torch.float32)
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise EffllmError(f"{checkpoint.folder / 'config.json'}: dtype {named!r} is no float dtype of torch")
     return dtype

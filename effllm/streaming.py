@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import effllm
 from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
 from effllm.data import load_tokenizer
 from effllm.errors import EffllmError
-from effllm.folder import copy_files, model_card
+from effllm.folder import model_card, other_files
 from effllm.journal import RunJournal, entries, file_digest
 from effllm.measure.evaluate import evaluate
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
-from effllm.pipeline import calibration_batches, encode, report_unchanged
+from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, report_unchanged
 from effllm.plans import Plan, load_plan
 from effllm.progress import track
+from effllm.site import matrix
 from effllm.source import Source, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -102,11 +108,14 @@ def compress_folder(
     stored = StoredModel(checkpoint, dtype, device)
     key = run.key(stored)
     if _finished(run, key, overwrite):
+        RunJournal.remove(run.out)
         return _result(run, began, None, "already done: nothing was changed")
-    if overwrite and run.partial.exists():
-        shutil.rmtree(run.partial)
-    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)))
-    measure = wanted.needs_data if check is None else check
+    if overwrite:
+        RunJournal.forget(run.partial)
+    other_files(checkpoint.folder)
+    kept = sum(checkpoint.tensors[name].nbytes for name in stored.unloaded)
+    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)) + kept)
+    measure = wanted.needs_data and _fits(checkpoint) if check is None else check
     try:
         with _explain_full_disk(run):
             result = _carry_out(run, stored, key, measure, overwrite, began)
@@ -119,31 +128,39 @@ def compress_folder(
 
 def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite: bool, began: float) -> Result:
     journal = RunJournal(run.partial, key)
-    assigned = _choose(run, source, journal)
-    report_unchanged(source.model, assigned)
-    for key in source.unloaded:
-        logger.warning("not loaded by the class, kept byte for byte: %s", key)
-    files = _rewrite(run, source, assigned, journal)
+    if _finished(run, key, overwrite):
+        journal.discard()
+        return _result(run, began, None, "finished by another process")
+    try:
+        assigned = _choose(run, source, journal)
+        report_unchanged(source.model, assigned)
+        for name in source.unloaded:
+            logger.warning("not loaded by the class, kept byte for byte: %s", name)
+        files = _rewrite(run, source, assigned, journal)
+    except EffllmError:
+        journal.discard()
+        raise
     with journal.claim("finish"):
         _write_index(run, files)
         _write_config(run, source, assigned, key)
-        copy_files(run.checkpoint.folder, run.partial)
+        for name, file in other_files(run.checkpoint.folder).items():
+            shutil.copyfile(file, run.partial / name)
         measured = evaluate(run.partial, baseline=run.checkpoint.folder) if measure else None
         result = _result(run, began, measured, folder=run.partial)
         (run.partial / "README.md").write_text(model_card(run.name, run.checkpoint.folder, result), encoding="utf-8")
         _publish(run, overwrite)
-    journal.remove(run.out)
+    RunJournal.remove(run.out)
     return result
 
 
 def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
     """An upper bound of the output's tensor bytes: each site at the largest option that the plan may choose."""
     tied = {f"{name}.weight" for site in source.sites for name in site.tied}
-    total = sum(tensor.nbytes for name, tensor in source.model.state_dict().items() if name not in tied)
+    total: int = sum(tensor.nbytes for name, tensor in source.model.state_dict().items() if name not in tied)
     for site in source.sites:
         if site.name in options:
-            dense = source.model.get_submodule(site.name).weight.nbytes
-            total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - int(dense)  # type: ignore
+            dense = matrix(source.model.get_submodule(site.name)).nbytes
+            total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - dense
     return total
 
 
@@ -152,13 +169,21 @@ def _finished(run: Run, key: str, overwrite: bool) -> bool:
     if not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir())):
         return False
     ours = (run.out / "config.json").is_file() and _quantization(run.out).get("quant_method") == "effllm"
-    if ours and _quantization(run.out).get("source", {}).get("key") == key and not overwrite:
+    if ours and (_quantization(run.out).get("source") or {}).get("key") == key and not overwrite:
         return True
     if not ours:
         raise EffllmError(f"{run.out} holds something that effllm did not write; choose another --out")
     if not overwrite:
         raise EffllmError(f"{run.out} holds another effllm model; pass --overwrite to replace it, or another --out")
     return False
+
+
+def _fits(checkpoint: Checkpoint) -> bool:
+    """Whether original and result can be in memory together, to be measured."""
+    needed, free = 2.5 * checkpoint.stored_bytes, psutil.virtual_memory().available
+    if needed > free:
+        logger.warning("the result is not measured: that takes %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
+    return needed <= free
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
@@ -171,8 +196,8 @@ def _check_disk(run: Run, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed - done > free:
         raise EffllmError(
-            f"{existing} has {free / 1e9:.2f} GB free, and the output needs up to {needed / 1e9:.2f} GB; free some, or "
-            "choose another --out"
+            f"{existing} has {free / 1e6:,.1f} MB free, and the output needs up to {(needed - done) / 1e6:,.1f} MB more; "
+            "free some, or choose another --out"
         )
 
 
@@ -181,11 +206,11 @@ def _explain_full_disk(run: Run) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if "No space left" not in str(error):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise EffllmError(
-            f"the disk of {run.out.parent} is full; free some and give the same command: what is finished in "
-            f"{run.partial.name} is kept"
+            f"no room left in {run.out.parent} ({os.strerror(error.errno)}); free some and give the same command: what is "
+            f"finished in {run.partial.name} is kept"
         ) from None
 
 
@@ -240,7 +265,10 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
                 encoded = encode(owner, module, assigned[owner])
                 tensors |= {f"{owner}.{key}": tensor.cpu().contiguous() for key, tensor in encoded.items()}
             else:
-                tensors[name] = getattr(module, leaf).detach().cpu().contiguous()
+                tensor = getattr(module, leaf)
+                if isinstance(tensor, nn.Parameter):
+                    refuse_nonfinite(name, tensor)
+                tensors[name] = tensor.detach().cpu().contiguous()
         first = next(iter(assigned))
         if f"{first}.weight" in source.units[unit]:
             tensors[f"{first}.weight"] = torch.zeros(1, dtype=torch.uint8)
@@ -250,7 +278,13 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:
     """Writes a safetensors file that is whole or absent; returns its SHA-256."""
     temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from None
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     digest = file_digest(temporary)
@@ -284,13 +318,13 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 def _publish(run: Run, overwrite: bool) -> None:
     """Gives the finished folder its name. The earlier output, if any, is gone only after that."""
+    for file in run.partial.glob("*.tmp"):
+        file.unlink()
     for file in run.partial.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
     if overwrite and run.out.exists():
-        old = run.out.with_name(run.out.name + ".old")
-        if old.exists():
-            shutil.rmtree(old)
+        old = Path(tempfile.mkdtemp(prefix=run.out.name + ".old-", dir=run.out.parent))
         run.out.rename(old)
         run.partial.rename(run.out)
         shutil.rmtree(old)

@@ -92,19 +92,10 @@ def test_layerwise_folder_and_live_choose_alike(family, tmp_path, tokens):
     source = save(FAMILIES[family](), tmp_path / "source")
     text = tmp_path / "text.txt"
     text.write_text("It is a truth universally acknowledged. " * 40)
-    plan = effllm.Plan.model_validate(
-        {
-            "steps": [
-                {
-                    "sites": ["blocks"],
-                    "order": "lim",
-                    "high": "quantize:bits=8",
-                    "low": "quantize:bits=2",
-                    "average_bits": 5,
-                }
-            ]
-        }
-    ).override(sources=[str(text)], samples=4, sequence_length=32)
+    step = {"order": "lim", "high": "quantize:bits=8", "low": "quantize:bits=2", "average_bits": 5}
+    plan = effllm.Plan.model_validate({"steps": [{"sites": ["blocks"], **step}]}).override(
+        sources=[str(text)], samples=4, sequence_length=32
+    )
     effllm.compress_folder(source, tmp_path / "out", plan, check=False)
     live = effllm.compress(AutoModelForCausalLM.from_pretrained(source), plan)
     assert len(set(live.effllm_report.values())) == 2

@@ -91,10 +91,10 @@ def test_more_bytes_never_lose(name):
     model = tiny_llama()
     site = find_sites(model)[1]
     weight = matrix(model.get_submodule(site.name)).float()
-    measured = [
-        (option.settings(), option.stored_bytes(site.shape), float((option.decode(option.encode(weight), site.shape) - weight).norm()))
-        for option in options(name, site)
-    ]  # fmt: skip
+    measured = []
+    for option in options(name, site):
+        error = (option.decode(option.encode(weight), site.shape) - weight).norm()
+        measured.append((option.settings(), option.stored_bytes(site.shape), float(error)))
     compared = 0
     for one, one_bytes, one_error in measured:
         for other, other_bytes, other_error in measured:

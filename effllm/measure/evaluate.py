@@ -110,8 +110,7 @@ def evaluate(
 
     Args:
         model: a folder (compressed or plain), `demo`, an alias or a hub id.
-        baseline: the original to compare with; by default the base model that a compressed folder names, where that is
-            `demo`, an alias or a hub id in reach.
+        baseline: the original to compare with; by default `demo`, where the folder was made from it.
         text: sources as in `token_windows`; `default` is the held-out slice in the package.
         samples: windows of text; None for all.
         sequence_length: tokens a window.

@@ -15,10 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from effllm.checkpoint import Checkpoint
+from effllm.hf import EffllmConfig
 from effllm.journal import codecs
 from effllm.plans import select
 from effllm.site import find_sites
-from effllm.source import skeleton
+from effllm.source import skeleton, stored_dtype
 
 
 class Result(BaseModel):
@@ -104,13 +105,12 @@ def peak_memory() -> int:
 def describe_run(folder: Path, model: str, base_model: str | None, seconds: float) -> dict[str, Any]:
     """The fields of a Result that can be read off a model folder and this process."""
     checkpoint = Checkpoint.open(folder)
-    quantization = checkpoint.config.get("quantization_config") or {}
-    ours = quantization.get("quant_method") == "effllm"
+    ours = _journal(checkpoint)
     return {
         "model": model,
         "model_digest": checkpoint.digest(),
-        "base_model": base_model or (quantization.get("source") or {}).get("model") if ours else None,
-        "plan": quantization.get("plan") or {} if ours else {},
+        "base_model": base_model or ours.source.get("model") if ours else None,
+        "plan": ours.plan if ours else {},
         "stored_bytes": checkpoint.stored_bytes,
         "bits_per_weight": bits_per_weight(checkpoint),
         "seconds": seconds,
@@ -121,13 +121,18 @@ def describe_run(folder: Path, model: str, base_model: str | None, seconds: floa
     }
 
 
+def _journal(checkpoint: Checkpoint) -> EffllmConfig | None:
+    quantization = checkpoint.config.get("quantization_config") or {}
+    return EffllmConfig(**quantization) if quantization.get("quant_method") == "effllm" else None
+
+
 def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits per weight over all sites that the plan does not exclude, from the folder's config alone."""
-    quantization = checkpoint.config.get("quantization_config") or {}
-    dtype = getattr(torch, str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"))
+    ours = _journal(checkpoint)
+    dtype = stored_dtype(checkpoint)
     sites = find_sites(skeleton(checkpoint.config, dtype))
-    assigned = codecs(quantization.get("sites") or []) if quantization.get("quant_method") == "effllm" else {}
-    excluded = {site.name for site in select((quantization.get("plan") or {}).get("exclude", []), sites)}
+    assigned = codecs(ours.sites) if ours else {}
+    excluded = {site.name for site in select(ours.plan.get("exclude", []), sites)} if ours else set()
     counted = [site for site in sites if site.name not in excluded]
     stored = sum(
         assigned[site.name].stored_bytes(site.shape) if site.name in assigned else site.size * dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,13 @@ def _estimate_seconds(
     """Encoding time from timing each codec on a small matrix here, plus the calibration's forward from a small matmul."""
     sample = torch.randn(512, 1024)
     codecs = {codec for choice in options.values() for codec in choice}
-    rates = {codec: _shortest(lambda codec=codec: codec.encode(sample)) / sample.numel() for codec in codecs}
+    rates = {codec: _shortest(partial(codec.encode, sample)) / sample.numel() for codec in codecs}
     seconds = sum(
         site.size * max(rates[codec] for codec in options[site.name]) for site in sites if site.name in options
     )
     if wanted.needs_data:
         one = torch.randn(512, 512, dtype=dtype)
-        rate = _shortest(lambda: one @ one) / one.shape[0] ** 3
+        rate = _shortest(partial(torch.matmul, one, one)) / one.shape[0] ** 3
         weights = sum(site.size for site in sites if site.block)
         seconds += rate * weights * wanted.calibration.samples * wanted.calibration.sequence_length
     return seconds

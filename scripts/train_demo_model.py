@@ -11,7 +11,6 @@ third of the run. Held-out loss is printed as it falls, in nats per token and in
 from __future__ import annotations
 
 import argparse
-import json
 import lzma
 import math
 import os
@@ -198,9 +197,6 @@ def main() -> None:
     )
     (arguments.out / "calibration.txt").write_text(calibration_slice(text), encoding="utf-8")
     (arguments.out / "evaluation.txt").write_text(passage(valid_text, 500, 200_000), encoding="utf-8")
-    (arguments.out / "training.json").write_text(
-        json.dumps({"epochs": arguments.epochs, "held_out_nats_per_token": curve}, indent=1), encoding="utf-8"
-    )
 
 
 if __name__ == "__main__":

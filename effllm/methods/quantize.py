@@ -108,7 +108,11 @@ class Quantize(Codec):
         return scale, (-low / scale).round().clamp(0, steps)
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (x / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+        return self._steps(x, scale, zero).add_(zero)
 
     def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return self._codes(x, scale, zero).sub_(zero).mul_(scale).sub_(x).square_().sum(-1, keepdim=True)
+        return self._steps(x, scale, zero).mul_(scale).sub_(x).square_().sum(-1, keepdim=True)
+
+    def _steps(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """`code - zero` of every weight, as integers in fp32."""
+        return (x / scale).round_().clamp_(-zero, 2**self.bits - 1 - zero)

@@ -247,7 +247,7 @@ def _print(text: str) -> None:
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 a failure that one line explains, 2 wrong usage."""
     try:
-        status = app(standalone_mode=False) or 0
+        status = app(prog_name="effllm", standalone_mode=False) or 0
     except WRONG_USAGE as error:
         status, message = 2, error.format_message().rstrip(".")
         if message:  # none where no command is given: that has printed the help

@@ -24,8 +24,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder."""
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise EffllmError(f"{path} has no usable tokenizer ({str(error).splitlines()[0]}); text needs one") from None
+    except Exception as error:  # what a damaged file or config makes of transformers and tokenizers has no common class
+        reason = " ".join(str(error).split())[:200]
+        raise EffllmError(f"{path} has no usable tokenizer ({reason}); text needs one: download it again") from error
 
 
 def packaged_text(name: str) -> Path:

@@ -89,7 +89,8 @@ class EffllmQuantizer(HfQuantizer):
             for key, tensor in layer.stored().items():
                 if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):
                     raise EffllmError(
-                        f"the checkpoint lacks {name}.{key}; it is incomplete: write or download it again"
+                        f"the checkpoint lacks {name}.{key}, or holds it in another shape; it is incomplete: write or "
+                        "download it again"
                     )
         return model
 

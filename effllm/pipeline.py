@@ -49,6 +49,7 @@ def compress(
         raise EffllmError("the model is quantised already; compress the original weights")
     wanted = load_plan(plan)
     source = LiveModel(model)
+    wanted.options(source.sites)  # a plan that does not fit is refused before any text is read
     batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
     assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
     report_unchanged(model, assigned)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.errors import EffllmError
-from effllm.source import skeleton, stored_dtype
+from effllm.source import quiet, skeleton, stored_dtype
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -27,7 +27,8 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
     checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
     described = skeleton(checkpoint.config, stored_dtype(checkpoint))
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    opened: Any = type(described).from_pretrained(checkpoint.folder, **settings)
+    with quiet():
+        opened: Any = type(described).from_pretrained(checkpoint.folder, **settings)
     loaded, info = opened
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])

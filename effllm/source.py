@@ -263,7 +263,7 @@ class StoredModel(Source):
             }
             slices = {key: handles[self.checkpoint.tensors[key].file].get_slice(key) for key in keys}
             settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions())
-            with _quiet():
+            with quiet():
                 info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
         missing, mismatched = info.missing_keys & expected, sorted(info.mismatched_keys)
         if missing:
@@ -363,8 +363,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bar of transformers' own for every unit."""
+def quiet() -> Iterator[None]:
+    """No bars of transformers' own."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

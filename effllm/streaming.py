@@ -337,4 +337,4 @@ def _result(run: Run, began: float, measured: Result | None, message: str = "", 
     finished = folder or run.out
     facts = describe_run(finished, model=str(run.out), base_model=run.name, seconds=time.monotonic() - began)
     values = (measured.model_dump() if measured else {}) | {k: v for k, v in facts.items() if v is not None}
-    return Result.model_validate({**values, "command": "compress", "message": message})
+    return Result.model_validate({**values, "command": "compress", "message": message, "baseline": run.name if measured else None})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import effllm.methods as _package  # noqa: F401  (bound before `methods()` below, so that the function keeps the name)
+from effllm import methods as methods
 from effllm.registration import register_on_import
 
 __version__ = "0.1.0"
@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from effllm.loading import load as load
     from effllm.measure.evaluate import evaluate as evaluate
-    from effllm.method import Method
     from effllm.pipeline import compress as compress
     from effllm.plans import Plan as Plan
     from effllm.report.dry_run import plan as plan
@@ -32,13 +31,6 @@ _LAZY = {
     "plan": "effllm.report.dry_run",
 }
 __all__ = ["Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan"]
-
-
-def methods() -> dict[str, type[Method]]:
-    """Every registered method by name; the class docstring is its documentation."""
-    from effllm.method import methods as registered
-
-    return registered()
 
 
 def __getattr__(name: str) -> Any:

@@ -203,7 +203,7 @@ def chat(
     revision: RevisionOption = None,
 ) -> None:
     """Talk to a model: streams its answer, then tokens per second and memory."""
-    from effllm.chat import talk
+    from effllm.report.chat import talk
 
     talk(model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision)
 

@@ -28,7 +28,6 @@ from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
 from effllm.data import load_tokenizer
 from effllm.errors import EffllmError
-from effllm.folder import model_card, other_files
 from effllm.journal import RunJournal, entries, file_digest
 from effllm.measure.evaluate import evaluate
 from effllm.measure.result import Result, describe_run
@@ -36,6 +35,7 @@ from effllm.method import Codec, Score
 from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, report_unchanged
 from effllm.plans import Plan, load_plan
 from effllm.progress import track
+from effllm.report.model_folder import model_card, other_files
 from effllm.site import matrix
 from effllm.source import Source, StoredModel
 
@@ -183,7 +183,7 @@ def _fits(checkpoint: Checkpoint) -> bool:
     needed, free = 2.5 * checkpoint.stored_bytes, psutil.virtual_memory().available
     if needed > free:
         logger.warning("the result is not measured: that takes %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
-    return needed <= free
+    return bool(needed <= free)
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
@@ -337,4 +337,6 @@ def _result(run: Run, began: float, measured: Result | None, message: str = "", 
     finished = folder or run.out
     facts = describe_run(finished, model=str(run.out), base_model=run.name, seconds=time.monotonic() - began)
     values = (measured.model_dump() if measured else {}) | {k: v for k, v in facts.items() if v is not None}
-    return Result.model_validate({**values, "command": "compress", "message": message, "baseline": run.name if measured else None})
+    return Result.model_validate(
+        {**values, "command": "compress", "message": message, "baseline": run.name if measured else None}
+    )

@@ -1,1 +1,24 @@
-"""One file a method. Names with a leading underscore are helpers, not methods."""
+"""One file a method. Names with a leading underscore are helpers, not methods.
+
+The package is also the function `effllm.methods()`: every registered method by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from effllm.method import Method
+
+
+class _Methods(ModuleType):
+    def __call__(self) -> dict[str, type[Method]]:
+        """Every registered method by name; the class docstring is its documentation."""
+        from effllm.method import methods
+
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Methods

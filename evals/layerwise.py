@@ -13,7 +13,8 @@ replaced by the identity and its weights count as gone. Three tables:
 
 Table 1 uses all windows of held-out text, tables 2 and 3 every few of them. Standard errors are over windows; differences
 are paired by window. Written are OUT (a JSON list of rows, with the keys of effllm's Result) and OUT with the suffix .md.
-Finished windows are kept beside OUT, so that a killed run goes on with the same command.
+Finished windows are kept in a folder beside OUT: a killed run goes on with the
+same command, and the same command given several times at once shares the work.
 
 Each block is encoded once a width, by `effllm.compress`; a row then puts the decoded weights into the dense model. On the
 first window one row is checked against the model that `effllm.compress` makes of the same plan.
@@ -27,7 +28,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +43,7 @@ import effllm
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.data import EVALUATION_TEXT, token_windows
 from effllm.hf import codec_modules
+from effllm.journal import RunJournal
 from effllm.measure.evaluate import Comparison, compare, standard_error
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec
@@ -136,7 +137,9 @@ def drops(grid: list[int], blocks: int) -> list[int]:
 class Bench:
     """The dense model, its blocks decoded from every width, and the scores: puts any variant into the model."""
 
-    def __init__(self, model: PreTrainedModel, rows: list[Variant], calibration: Tensor, group: int):
+    def __init__(
+        self, model: PreTrainedModel, rows: list[Variant], calibration: Tensor, group: int, journal: RunJournal
+    ):
         self.model, self.calibration = model, calibration
         self.source = LiveModel(model)
         self.sites = {site.name: site for site in self.source.sites if site.role == "block"}
@@ -144,7 +147,13 @@ class Bench:
         tied = {f"{name}.weight" for site in self.source.sites for name in site.tied}
         self.total = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied)
         scores = list(dict.fromkeys(score for row in rows if row.plan is not None for score in row.plan.scores()))
-        self.ranks = {score: score.score(self.source, list(calibration.split(BATCH))) for score in scores}
+        self.ranks = {}
+        with journal.claim("scores"):
+            for score in scores:
+                if journal.find("score", score.label()) is None:
+                    values = score.score(self.source, list(calibration.split(BATCH)))
+                    journal.add("score", score.label(), values=values)
+                self.ranks[score] = (journal.find("score", score.label()) or {})["values"]
         lim = next(values for score, values in self.ranks.items() if score.settings() == {"reduce": "token"})
         self.least = sorted(self.source.blocks, key=lambda block: (-lim[block], block))[::-1]  # ties as in Plan.assign
         self.hands_on_tuple = self._hands_on_tuple()
@@ -206,15 +215,14 @@ class Window:
         self.ids, self.targets = tokens.unsqueeze(0), tokens[1:].unsqueeze(1)
         logits = model(input_ids=self.ids, use_cache=False).logits[0, :-1]
         self.p = torch.empty(logits.shape)
-        self.top = logits.float().argmax(-1) if len(logits) <= CHUNK else torch.cat(
-            [part.float().argmax(-1) for part in logits.split(CHUNK)]
-        )  # fmt: skip
+        self.top = torch.empty(len(logits), dtype=torch.int64)
         nll = negative_entropy = 0.0
         for start in range(0, len(logits), CHUNK):
             part = slice(start, start + CHUNK)
             log_p = logits[part].float().log_softmax(-1)
             torch.exp(log_p, out=self.p[part])
-            negative_entropy += float(_dot(self.p[part], log_p).double().sum())
+            self.top[part] = log_p.argmax(-1)
+            negative_entropy += float((self.p[part] * log_p).sum(-1).double().sum())
             nll -= float(log_p.gather(1, self.targets[part]).double().sum())
         self.nll, self.negative_entropy = nll / len(logits), negative_entropy / len(logits)
 
@@ -228,15 +236,32 @@ class Window:
             q = logits[part].float()
             total = q.logsumexp(-1)
             nll += float((total - q.gather(1, self.targets[part]).squeeze(1)).double().sum())
-            cross += float((total - _dot(self.p[part], q)).double().sum())
-            same += float((q.argmax(-1) == self.top[part]).sum())
+            cross += float((total - (self.p[part] * q).sum(-1)).double().sum())
+            same += sum(_is_first_maximum(row, int(top)) for row, top in zip(q, self.top[part], strict=True))
         count = len(logits)
         return nll / count, self.nll, self.negative_entropy + cross / count, same / count
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Row by row inner products of `[n, width]`, without a temporary of that size."""
-    return torch.bmm(one.unsqueeze(1), other.unsqueeze(2)).view(-1)
+def _is_first_maximum(row: Tensor, index: int) -> bool:
+    """`row.argmax() == index`, at a fraction of its cost; bf16 logits often tie."""
+    largest = row.amax()
+    return bool(row[index] == largest) and not bool((row[:index] == largest).any())
+
+
+def measure(bench: Bench, rows: list[Variant], tokens: Tensor) -> dict[str, Values]:
+    """The figures of all `rows` on one window; rows that come to the same model are run once."""
+    window = Window(bench.model, tokens)
+    found: dict[str, Values] = {}
+    known: dict[Any, Values] = {}
+    for row in rows:
+        key = (frozenset(bench.assigned(row).items()), row.dropped)
+        if row.plan is None:
+            known[key] = (window.nll, window.nll, 0.0, 1.0)
+        elif key not in known:
+            with bench.applied(row) as changed:
+                known[key] = window.measure(changed)
+        found[row.name] = known[key]
+    return found
 
 
 def check(bench: Bench, variant: Variant, window: Tensor, values: Values) -> dict[str, Any]:
@@ -266,35 +291,6 @@ def check(bench: Bench, variant: Variant, window: Tensor, values: Values) -> dic
         "nll_kl": found,
         "nll_kl_here": (values[0], values[2]),
     }
-
-
-class SideFile:
-    """Finished windows, one JSON line each, after a line that says which run they belong to."""
-
-    def __init__(self, path: Path, key: str):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a crash
-                lines.append(json.loads(line))
-        self.done: dict[int, dict[str, Values]] = {}
-        if lines and lines[0] == {"key": key}:
-            self.done = {line["window"]: {name: tuple(v) for name, v in line["values"].items()} for line in lines[1:]}
-            self._write("")
-        else:
-            path.write_text(json.dumps({"key": key}) + "\n")
-
-    def add(self, window: int, values: dict[str, Values]) -> None:
-        """Writes one finished window down."""
-        self.done[window] = values
-        self._write(json.dumps({"window": window, "values": values}))
-
-    def _write(self, line: str) -> None:
-        with self.path.open("a") as stream:
-            stream.write(line + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 Table = dict[str, Tensor]  # variant name -> [windows, 4], the columns of Values
@@ -450,34 +446,33 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     _say(
         f"{blocks} blocks, {len(rows)} variants, {len(windows)} windows of {windows.shape[1]} tokens; scores and widths"
     )
-    bench = Bench(model, rows, calibration, arguments.group_size)
-    _say(f"ready after {time.monotonic() - began:.0f} s")
     facts = describe_run(folder, model=arguments.name or folder.name, base_model=None, seconds=0.0)
     facts |= {"command": "eval", "baseline": facts["model"], "text": text, "sequence_length": windows.shape[1]}
     facts |= {"seed": 0, "seconds": None, "process_peak_memory_bytes": None}
     identity = [Checkpoint.open(folder).identity(), windows.tolist(), calibration.tolist(), [row.name for row in rows],
                 arguments.group_size, str(model.dtype), facts["versions"], torch.get_num_threads()]  # fmt: skip
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    side = SideFile(arguments.out.with_suffix(".windows.jsonl"), key)
     some = list(range(0, len(windows), max(1, len(windows) // arguments.sweep_samples)))[: arguments.sweep_samples]
-    for index, tokens in enumerate(windows):
-        wanted = [row for row in rows if "main" in row.tables or index in some]
-        if index not in side.done:
-            window, values = Window(model, tokens), {}
-            for row in wanted:
-                if row.plan is None:
-                    values[row.name] = (window.nll, window.nll, 0.0, 1.0)
-                    continue
-                with bench.applied(row) as changed:
-                    values[row.name] = window.measure(changed)
-            if index == 0:
-                checked = next(row for row in rows if row.order == "lim" and "main" in row.tables)
-                _say(f"checked against effllm.compress: {check(bench, checked, tokens, values[checked.name])}")
-            side.add(index, values)
-        _say(f"window {index + 1} of {len(windows)}, {len(wanted)} variants, {time.monotonic() - began:.0f} s")
+    journal = RunJournal(arguments.out.with_suffix(".partial"), key)
+    bench = Bench(model, rows, calibration, arguments.group_size, journal)
+    _say(f"ready after {time.monotonic() - began:.0f} s")
+    for wait in (False, True):
+        for index, tokens in enumerate(windows):
+            with journal.claim(f"window-{index}", wait) as mine:
+                if mine and journal.find("window", str(index)) is None:
+                    wanted = [row for row in rows if "main" in row.tables or index in some]
+                    values = measure(bench, wanted, tokens)
+                    if index == 0:
+                        one = next(row for row in rows if row.order == "lim" and "main" in row.tables)
+                        _say(f"against effllm.compress, {one.name}: {check(bench, one, tokens, values[one.name])}")
+                    journal.add("window", str(index), values=values)
+                    _say(
+                        f"window {index + 1} of {len(windows)}, {len(wanted)} variants, {time.monotonic() - began:.0f} s"
+                    )
+    done = {index: (journal.find("window", str(index)) or {})["values"] for index in range(len(windows))}
     found: list[dict[str, Any]] = []
     for table, which in (("main", list(range(len(windows)))), ("drop", some), ("sweep", some)):
-        measured = table_of(side.done, which)
+        measured = table_of(done, which)
         members = [row for row in rows if table in row.tables]
         if table == "drop":
             members.sort(key=lambda row: (-(row.pair or (0,))[0], row.lowered or row.dropped, row.dropped))

@@ -15,6 +15,7 @@ from conftest import save, tiny_llama
 
 import effllm
 from effllm.checkpoint import Checkpoint
+from effllm.journal import RunJournal
 from effllm.measure.evaluate import compare
 from effllm.measure.result import Result, bits_per_weight
 from effllm.pipeline import calibration_batches
@@ -97,25 +98,22 @@ def test_a_row_equals_what_effllm_says_of_the_same_plan(results, script, folder,
 
 def test_the_same_command_goes_on_from_finished_windows(results, script, folder, monkeypatch):
     out, rows = results
-    side = out.with_suffix(".windows.jsonl")
-    lines = side.read_text().splitlines()
-    side.write_text("\n".join([*lines[:2], lines[2][:50]]))  # killed while writing the second window
+    journal = out.with_suffix(".partial") / "journal.jsonl"
+    lines = [line for line in journal.read_text().splitlines() if line]
+    assert sum('"kind": "window"' in line for line in lines) == 2
+    journal.write_text("\n".join([*lines[:-1], lines[-1][:50]]))  # killed while writing the last window
+    measured = []
+    monkeypatch.setattr(script, "measure", lambda *given, own=script.measure: measured.append(1) or own(*given))
     assert measure(script, folder, out, monkeypatch) == rows
-
-
-def test_a_changed_setting_starts_anew(script, tmp_path):
-    first = script.SideFile(tmp_path / "side.jsonl", "one")
-    first.add(0, {"original": (1.0, 1.0, 0.0, 1.0)})
-    assert script.SideFile(tmp_path / "side.jsonl", "one").done == {0: {"original": (1.0, 1.0, 0.0, 1.0)}}
-    assert script.SideFile(tmp_path / "side.jsonl", "two").done == {}
+    assert len(measured) == 1
 
 
 @torch.no_grad()
-def test_a_dropped_block_is_the_identity_and_comes_back(script):
+def test_a_dropped_block_is_the_identity_and_comes_back(script, tmp_path):
     model = tiny_llama(layers=3)
     calibration = torch.arange(32).view(2, 16)
     rows = script.variants(3, 64, quick=True)
-    bench = script.Bench(model, rows, calibration, 64)
+    bench = script.Bench(model, rows, calibration, 64, RunJournal(tmp_path / "out.partial", "key"))
     dropped = next(row for row in rows if row.dropped == 1 and row.pair == (8, 8))
     before = model(input_ids=calibration).logits
     with bench.applied(dropped) as changed:

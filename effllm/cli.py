@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +86,9 @@ def compress(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Most memory for the work beside the libraries, such as 3GB.")
+    ] = None,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
@@ -95,7 +99,7 @@ def compress(
     wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
     result = effllm.compress_folder(
         model, out, wanted, overwrite=overwrite, check=check, device=_device(device, threads), dtype=_dtype(dtype),
-        seed=seed, revision=revision,
+        max_memory=_bytes(max_memory), seed=seed, revision=revision,
     )  # fmt: skip
     if as_json:
         _print(result.model_dump_json(indent=2))
@@ -238,6 +242,15 @@ def _dtype(name: str | None) -> Any:
     if name is not None and name not in known:
         raise UsageError(f"--dtype {name}: known: {', '.join(known)}")
     return known[name] if name else None
+
+
+def _bytes(size: str | None) -> int | None:
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"a size is written as 3GB or 500MB (GB is 10**9 bytes), not {size!r}")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def _print(text: str) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import effllm
 from effllm import hf
@@ -36,7 +37,7 @@ from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, repor
 from effllm.plans import Plan, load_plan
 from effllm.progress import track
 from effllm.report.model_folder import model_card, other_files
-from effllm.site import matrix
+from effllm.site import Site, matrix
 from effllm.source import Source, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ def compress_folder(
     check: bool | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    max_memory: int | None = None,
     revision: str | None = None,
     seed: int = 0,
 ) -> Result:
@@ -91,6 +93,7 @@ def compress_folder(
         check: measure KL and perplexity of the result; by default where the plan used data.
         device: where blocks are run and weights encoded.
         dtype: dtype of the arithmetic and of the tensors left as they are; the checkpoint's by default.
+        max_memory: refuse, before any work, a run that would need more bytes than this beside the libraries.
         revision: hub revision.
         seed: seed of everything random.
 
@@ -106,6 +109,12 @@ def compress_folder(
     target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
     run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads())
     stored = StoredModel(checkpoint, dtype, device)
+    needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
+    if max_memory is not None and needed > max_memory:
+        raise EffllmError(
+            f"the run needs about {needed / 1e9:.2f} GB beside the libraries, more than the {max_memory / 1e9:.2f} GB of "
+            "--max-memory; fewer --samples, or a score without data (--score zd), need less"
+        )
     key = run.key(stored)
     if _finished(run, key, overwrite):
         RunJournal.remove(run.out)
@@ -162,6 +171,18 @@ def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
             dense = matrix(source.model.get_submodule(site.name)).nbytes
             total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - dense
     return total
+
+
+def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
+    """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states."""
+    blocks: dict[str | None, int] = {}
+    for site in sites:
+        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * dtype.itemsize
+    settings, hidden = wanted.calibration, 0
+    if wanted.needs_data:
+        width = getattr(model.config.get_text_config(), "hidden_size", 0)
+        hidden = settings.samples * settings.sequence_length * width * dtype.itemsize
+    return 2 * max(blocks.values(), default=0) + hidden
 
 
 def _finished(run: Run, key: str, overwrite: bool) -> bool:

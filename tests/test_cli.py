@@ -105,3 +105,10 @@ def test_wrong_usage_exits_with_2(run, llama_folder):
 def test_help_does_not_import_torch():
     code = "import sys, effllm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_max_memory_refuses_before_any_work(run, llama_folder, tmp_path):
+    status, _, err = run("compress", str(llama_folder), "--max-memory", "100kB", "--out", "out")
+    assert status == 1 and "--max-memory" in err and "--samples" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert run("compress", str(llama_folder), "--max-memory", "lots")[0] == 2

@@ -18,6 +18,7 @@ from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
 from effllm.site import Site, find_sites, unchanged
 from effllm.source import StoredModel, model_class, skeleton
+from effllm.streaming import working_memory
 
 HEADER_BYTES = 120  # of one tensor in a safetensors header, about
 
@@ -117,7 +118,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
         bits_per_weight=8 * sum(chosen[s.name] for s in counted) / max(1, sum(s.size for s in counted)),
         memory=memory,
         context=context,
-        working_memory_bytes=_working_memory(model, sites, wanted, dtype),
+        working_memory_bytes=working_memory(model, sites, wanted, dtype),
         seconds=_estimate_seconds(sites, options, wanted, dtype),
         unchanged=unchanged(model, options),
         unloaded=unloaded,
@@ -167,18 +168,6 @@ def _rows(sites: list[Site], options: dict[str, tuple[Codec, ...]], plain: dict[
             labels.append(" + ".join([*dict.fromkeys(codec.label() for codec in chosen.values()), *kept]))
         table.append(Row(name, weights, tuple(labels), tuple(8 * size / weights for size in sizes), tuple(sizes)))
     return table
-
-
-def _working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
-    """One block (or the largest weight outside), and the calibration's hidden states."""
-    blocks: dict[str | None, int] = {}
-    for site in sites:
-        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * dtype.itemsize
-    settings, hidden = wanted.calibration, 0
-    if wanted.needs_data:
-        width = getattr(model.config.get_text_config(), "hidden_size", 0)
-        hidden = settings.samples * settings.sequence_length * width * dtype.itemsize
-    return 2 * max(blocks.values(), default=0) + hidden
 
 
 def _estimate_seconds(

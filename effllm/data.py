@@ -75,6 +75,14 @@ def _split_weight(source: str) -> tuple[str, float]:
     return name, value
 
 
+def text_identity(source: str) -> list[Any]:
+    """What tells a changed text from an unchanged one: name, size and modification time of every file of `source`."""
+    path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(_split_weight(source)[0])
+    members = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in members]
+    return [source, *(facts if source != "default" else facts[0][:2])]
+
+
 def windows_of(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[Document], samples: int | None, length: int, source: str
 ) -> Tensor:

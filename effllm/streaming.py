@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 import effllm
 from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
-from effllm.data import load_tokenizer
+from effllm.data import load_tokenizer, text_identity
 from effllm.errors import EffllmError
 from effllm.journal import RunJournal, entries, file_digest
 from effllm.measure.evaluate import evaluate
@@ -66,6 +66,7 @@ class Run:
             "dtype": str(source.dtype),
             "version": effllm.__version__,
             "threads": self.threads if self.plan.needs_data else None,
+            "text": [text_identity(text) for text in self.plan.calibration.sources] if self.plan.needs_data else None,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -112,3 +112,23 @@ def test_max_memory_refuses_before_any_work(run, llama_folder, tmp_path):
     assert status == 1 and "--max-memory" in err and "--samples" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     assert run("compress", str(llama_folder), "--max-memory", "lots")[0] == 2
+
+
+def test_changed_calibration_text_is_another_run(run, llama_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. " * 60)
+    arguments = [
+        "compress",
+        str(llama_folder),
+        "--calibration",
+        "text.txt",
+        "--samples",
+        "2",
+        "--sequence-length",
+        "32",
+    ]
+    arguments += ["--no-check", "--out", "out"]
+    assert run(*arguments)[0] == 0 and "already done" in run(*arguments)[1]
+    text.write_text("It was the best of times. " * 60)
+    status, _, err = run(*arguments)
+    assert status == 1 and "--overwrite" in err

@@ -47,7 +47,9 @@ def test_preset_through_the_command_line(preset, tmp_path):
     """Folder and live routes write equal tensors; reloaded in a fresh process, logits are bit-equal to the live model's."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "effllm.cli", "compress", FOLDER, "--plan", preset, "--out", str(out)]
-    done = subprocess.run([*command, "--threads", "1", "--no-check", "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--threads", "1", "--no-check", "--json"], check=True, capture_output=True, text=True
+    )
     result = Result.model_validate_json(done.stdout)
     assert result.stored_bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
 

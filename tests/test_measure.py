@@ -106,3 +106,11 @@ def test_weights_share_the_samples_between_sources(tmp_path):
     windows = token_windows(tiny_tokenizer(), sources, samples=8, length=16)
     letters = tiny_tokenizer().convert_tokens_to_ids(["a", "b"])
     assert [int((windows[:, 1] == letter).sum()) for letter in letters] == [6, 2]
+
+
+def test_peak_memory_of_a_run_is_its_own(llama_folder):
+    """A large parent does not count into the peak of the process that it starts."""
+    from effllm.measure.evaluate import measure_run
+
+    ballast = torch.ones(300_000_000)  # 1.2 GB
+    assert measure_run(llama_folder)["peak_memory_bytes"] < 1.0e9 < ballast.nbytes

@@ -15,6 +15,7 @@ from effllm.packing import pack, unpack
 if TYPE_CHECKING:
     from effllm.site import Site
 
+ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratch tensor, both fp32, fit a core's cache
 CHUNK = 1 << 19  # weights per step: fp32 temporaries stay in the cache, and no matrix is ever dense as a whole
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
@@ -47,7 +48,7 @@ class Quantize(Codec):
         return [cls(bits=b, group_size=g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128) if site.shape[1] >= g]
 
     def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
-        step = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
+        step = len(weight) if weight.is_meta else max(1, ENCODE_CHUNK // weight.shape[1])
         chunks = [self._encode_rows(rows) for rows in weight.split(step)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -81,16 +82,12 @@ class Quantize(Codec):
         size, groups = self._groups(columns)
         x = F.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
         low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-        scale, zero = self._scale(low, high)
+        scratch = torch.empty_like(x)
         if self.range == "search":
-            least = self._error(x, scale, zero)
-            for share in SHRINK[1:]:
-                candidate, candidate_zero = self._scale(low * share, high * share)
-                error = self._error(x, candidate, candidate_zero)
-                better = error < least
-                least = torch.where(better, error, least)
-                scale, zero = torch.where(better, candidate, scale), torch.where(better, candidate_zero, zero)
-        codes = self._codes(x, scale, zero).to(torch.uint8).view(rows, -1)[:, :columns]
+            scale, zero = self._search(x, low, high, scratch)
+        else:
+            scale, zero = self._scale(low, high)
+        codes = self._steps(x, scale, zero, scratch).add_(zero).to(torch.uint8).view(rows, -1)[:, :columns]
         stored = {"codes": pack(codes, self.bits), "scale": scale.squeeze(-1).half()}
         if not self.symmetric:
             stored["zero"] = pack(zero.squeeze(-1).to(torch.uint8), self.bits)
@@ -107,12 +104,19 @@ class Quantize(Codec):
         scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         return scale, (-low / scale).round().clamp(0, steps)
 
-    def _codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return self._steps(x, scale, zero).add_(zero)
+    def _search(self, x: Tensor, low: Tensor, high: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the share of the range with the least squared error; the larger share on a tie."""
+        shares = torch.tensor(SHRINK, device=x.device).view(-1, 1, 1, 1)
+        scales, zeros = self._scale(low * shares, high * shares)
+        errors = torch.empty_like(scales)
+        for scale, zero, error in zip(scales, zeros, errors, strict=True):
+            difference = self._steps(x, scale, zero, scratch).mul_(scale).sub_(x)
+            torch.sum(difference.square_(), -1, keepdim=True, out=error)
+        best = errors.argmin(0, keepdim=True)
+        return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
-    def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return self._steps(x, scale, zero).mul_(scale).sub_(x).square_().sum(-1, keepdim=True)
-
-    def _steps(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """`code - zero` of every weight, as integers in fp32."""
-        return (x / scale).round_().clamp_(-zero, 2**self.bits - 1 - zero)
+    def _steps(self, x: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
+        """`code - zero` of every weight, as integers in fp32. (`clamp` with tensor bounds is not vectorised.)"""
+        steps = torch.div(x, scale, out=out).round_()
+        torch.maximum(steps, -zero, out=steps)
+        return torch.minimum(steps, 2**self.bits - 1 - zero, out=steps)

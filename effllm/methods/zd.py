@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from effllm.method import Score
 from effllm.site import matrix
 from effllm.source import Source
+
+PART = 1 << 20  # weights held in fp32 at once
 
 
 class Zd(Score):
@@ -37,7 +39,14 @@ class Zd(Score):
 
 def _share_above_one(weights: list[Tensor]) -> float:
     count = sum(weight.numel() for weight in weights)
-    mean = sum(float(weight.sum(dtype=torch.float32)) for weight in weights) / count
-    variance = sum(float((weight.float() - mean).square_().sum()) for weight in weights) / count
+    mean = sum(float(part.sum()) for part in _parts(weights)) / count
+    variance = sum(float((part - mean).square_().sum()) for part in _parts(weights)) / count
     threshold = mean + variance**0.5
-    return sum(int((weight.float() > threshold).sum()) for weight in weights) / count
+    return sum(int((part > threshold).sum()) for part in _parts(weights)) / count
+
+
+def _parts(weights: list[Tensor]) -> Iterator[Tensor]:
+    """The weights in fp32, a few rows at a time."""
+    for weight in weights:
+        for rows in weight.split(max(1, PART // weight.shape[1])):
+            yield rows.float()

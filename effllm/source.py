@@ -94,8 +94,8 @@ class Source(ABC):
     def _record(self, batches: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """The first block's input, and every block's other arguments, exactly as the model's own code makes them."""
         base = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
-        heads = {site.name for site in self.sites if site.role == "head"}
-        outside = [unit for unit in self.units if unit not in self.blocks and unit not in heads]
+        used = set(base.modules())  # all of them: torch multiplies by a matrix on the meta device without a word
+        outside = [u for u in self.units if u not in self.blocks and (u == REST or self.model.get_submodule(u) in used)]
         with self.resident(*outside):
             recorder = _Recorder(self.model, self.blocks)
             for as_tuple in (False, True):

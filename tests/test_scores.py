@@ -9,11 +9,22 @@ import torch.nn.functional as F
 from conftest import save, tiny_gpt2, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import OPTConfig, OPTForCausalLM
 
 from effllm.checkpoint import Checkpoint
 from effllm.method import Score, from_spec, methods
 from effllm.plans import load_plan
 from effllm.source import LiveModel, StoredModel
+
+
+def tiny_opt() -> OPTForCausalLM:
+    """An OPT with a matrix between its embedding and its blocks."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=512, hidden_size=256, ffn_dim=384, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=128,
+        bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return OPTForCausalLM(config).to(torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +119,7 @@ def test_reversed_is_minus_lim(model, batches, reduce):
 
 
 @pytest.mark.parametrize("name", [name for name, cls in methods().items() if issubclass(cls, Score)])
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_opt])
 def test_a_streamed_checkpoint_and_a_live_model_score_bit_for_bit_alike(make, name, batches, tmp_path):
     folder = save(make(), tmp_path / "model", shard="600KB")
     streamed = score(name, StoredModel(Checkpoint.open(folder)), batches)

@@ -309,6 +309,7 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> str:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from None
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
+    temporary.chmod(0o644)  # safetensors writes files that only their owner may read
     digest = file_digest(temporary)
     temporary.replace(file)
     return digest

@@ -16,7 +16,7 @@ from effllm.errors import EffllmError, UsageError
 from effllm.layers import codec_layer
 from effllm.method import Codec
 from effllm.plans import Calibration, Plan, load_plan
-from effllm.progress import track
+from effllm.report.progress import track
 from effllm.site import matrix, unchanged
 from effllm.source import LiveModel
 

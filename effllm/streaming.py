@@ -35,8 +35,8 @@ from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
 from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, report_unchanged
 from effllm.plans import Plan, load_plan
-from effllm.progress import track
 from effllm.report.model_folder import model_card, other_files
+from effllm.report.progress import track
 from effllm.site import Site, matrix
 from effllm.source import Source, StoredModel
 

@@ -21,7 +21,7 @@ from effllm.data import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.errors import EffllmError
 from effllm.loading import load
 from effllm.measure.result import Result, describe_run
-from effllm.progress import track
+from effllm.report.progress import track
 
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once
 

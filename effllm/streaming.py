@@ -299,7 +299,10 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:
     """Writes a safetensors file that is whole or absent; returns its SHA-256."""
-    temporary = file.with_name(file.name + ".tmp")
+    scratch = file.with_name(file.name + ".tmp")  # a folder: safetensors has temporary files of its own
+    _clear(scratch)
+    scratch.mkdir()
+    temporary = scratch / file.name
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -312,7 +315,15 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> str:
     temporary.chmod(0o644)  # safetensors writes files that only their owner may read
     digest = file_digest(temporary)
     temporary.replace(file)
+    scratch.rmdir()
     return digest
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_index(run: Run, files: list[Path]) -> None:
@@ -341,8 +352,8 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 def _publish(run: Run, overwrite: bool) -> None:
     """Gives the finished folder its name. The earlier output, if any, is gone only after that."""
-    for file in run.partial.glob("*.tmp"):
-        file.unlink()
+    for stray in run.partial.glob("*.tmp"):
+        _clear(stray)
     for file in run.partial.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())

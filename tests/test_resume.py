@@ -61,6 +61,7 @@ def command_line(arguments: list[str], log: Path, folder: Path, die_at: int | No
 
     if die_at is not None:
         sys.addaudithook(count)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     sys.argv = ["effllm", *arguments]
     cli.main()
 
@@ -138,7 +139,8 @@ def ended(process: ForkServerProcess, log: Path) -> Ended:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Name -> bytes of everything in a folder; a folder in it counts as empty."""
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
 
 
 def wait_for(condition: Callable[[], bool], process: ForkServerProcess | subprocess.Popen) -> None:
@@ -281,8 +283,11 @@ def test_leftovers_and_damage_in_an_unfinished_folder(benches, tmp_path):
     damaged = bytearray(first.read_bytes())
     damaged[-1] ^= 1
     first.write_bytes(damaged)
-    (partial / f"{sorted(bench.wanted)[-1]}.tmp").write_bytes(b"torn")
     (partial / "model-00099-of-00099.safetensors.tmp").write_bytes(b"torn")
+    *_, before, last = sorted(name for name in bench.wanted if name.endswith(".safetensors"))
+    (partial / f"{before}.tmp").write_bytes(b"torn")
+    (partial / f"{last}.tmp").mkdir()
+    (partial / f"{last}.tmp" / ".tmpA1b2C3").write_bytes(b"torn")
     (partial / "config.json").write_text("{")
     with (partial / "journal.jsonl").open("a") as journal:
         journal.write('\n{"kind": "unit", "name": "model.lay')

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from effllm import methods as methods
-from effllm.registration import register_on_import
+from effllm.integrations.registration import register_on_import
 
 __version__ = "0.1.0"
 

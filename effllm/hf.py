@@ -12,12 +12,14 @@ import contextlib
 import ctypes
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -25,7 +27,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import effllm
 from effllm.errors import EffllmError
 from effllm.journal import Entries, codecs, entries
-from effllm.layers import CodecModule, codec_layer, empty_codec_layer, tie
+from effllm.layers import CodecModule, codec_layer, empty_stored, tie
+from effllm.layers.experts import (
+    PACKED,
+    CodecExpertGroup,
+    CodecExperts,
+    CodecExpertWeights,
+    codec_experts,
+    dense_experts,
+)
 from effllm.method import Codec
 from effllm.site import Site, find_sites
 
@@ -124,8 +134,28 @@ def codec_modules(model: nn.Module) -> dict[str, CodecModule]:
 
 def guard(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensor that makes a transformers without effllm refuse the folder; empty where nothing is compressed."""
-    sites = list(codec_modules(model))
-    return {f"{sites[0]}.weight": torch.zeros(1, dtype=torch.uint8)} if sites else {}
+    modules = codec_modules(model)
+    plain = [name for name, module in modules.items() if not isinstance(module, CodecExpertGroup)]
+    if plain:
+        return guard_tensor(model, f"{plain[0]}.weight", None)
+    for name in modules:
+        weights = cast(CodecExpertWeights, model.get_submodule(name.rpartition(".")[0]))
+        return guard_tensor(model, _dense_name(name), weights.dense_shape)
+    return {}
+
+
+def guard_tensor(model: PreTrainedModel, parameter: str, experts: Sequence[int] | None) -> dict[str, Tensor]:
+    """The guard in the place of `parameter`; where that holds `experts` (its shape), under the first of its disk names."""
+    if experts is not None:
+        dense = torch.empty(tuple(experts), device="meta")
+        parameter = next(iter(revert_weight_conversion(model, {parameter: dense})))
+    return {parameter: torch.zeros(1, dtype=torch.uint8)}
+
+
+def _dense_name(group: str) -> str:
+    """The parameter that a group of experts (`...experts.packed_up_proj.0`) stands for: `...experts.up_proj`."""
+    owner, _, leaf = group.rpartition(".")[0].rpartition(".")
+    return f"{owner}.{leaf.removeprefix(PACKED)}"
 
 
 def _ignore_guard(model: PreTrainedModel) -> None:
@@ -133,7 +163,11 @@ def _ignore_guard(model: PreTrainedModel) -> None:
     current = model._keys_to_ignore_on_load_unexpected
     container = list if current is None else type(current)
     prefix = model.base_model_prefix + "."
-    patterns = [rf"(^|\.){re.escape(name.removeprefix(prefix))}\.weight$" for name in codec_modules(model)]
+    names = [
+        _dense_name(name) if isinstance(module, CodecExpertGroup) else f"{name}.weight"
+        for name, module in codec_modules(model).items()
+    ]
+    patterns = [rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in dict.fromkeys(names)]
     model._keys_to_ignore_on_load_unexpected = container([*(current or ()), *patterns])
 
 
@@ -161,15 +195,52 @@ def attach(model: nn.Module, assigned: dict[str, Codec]) -> None:
     return_freed_memory()
     sites = {site.name: site for site in find_sites(model)}
     prefix = getattr(model, "base_model_prefix", "")
-    found = 0
+    found = {}
     for name, codec in assigned.items():
         candidates = (name, f"{prefix}.{name}", name.removeprefix(prefix + "."))
-        site = next((sites[candidate] for candidate in candidates if candidate in sites), None)
+        site = next((candidate for candidate in candidates if candidate in sites), None)
         if site is not None:
-            replace(model, site, empty_codec_layer(model.get_submodule(site.name), codec))
-            found += 1
+            found[site] = codec
     if assigned and not found:
         raise EffllmError(f"none of the journal's sites ({next(iter(assigned))}, ...) is in {type(model).__name__}")
+    device = next(model.parameters()).device
+    for members in by_parameter(sites.values(), found).values():
+        stored = {
+            codec: empty_stored(codec, group[0].shape, device, None if group[0].expert is None else len(group))
+            for codec, group in members.items()
+        }
+        install(model, members, stored)
+
+
+def by_parameter(sites: Iterable[Site], assigned: dict[str, Codec]) -> dict[str, dict[Codec, list[Site]]]:
+    """Name in the state dict -> the codecs of the sites that it holds: one, or one for each group of experts."""
+    found: dict[str, dict[Codec, list[Site]]] = {}
+    for site in sites:
+        if site.name in assigned:
+            found.setdefault(site.parameter, {}).setdefault(assigned[site.name], []).append(site)
+    return found
+
+
+def install(model: nn.Module, members: dict[Codec, list[Site]], stored: dict[Codec, dict[str, Tensor]]) -> None:
+    """Replaces the module of one parameter by `encoded_module`, at every place that is tied to it."""
+    (site, *_), *_ = members.values()
+    owner = site.parameter.rpartition(".")[0]
+    module = encoded_module(model.get_submodule(owner), members, stored)
+    if isinstance(module, CodecModule):
+        replace(model, site, module)
+    else:
+        model.set_submodule(owner, module)
+
+
+def encoded_module(
+    module: nn.Module, members: dict[Codec, list[Site]], stored: dict[Codec, dict[str, Tensor]]
+) -> nn.Module:
+    """`module` with one of its parameters in encoded form; `members` and `stored` as `by_parameter` and `encode` give."""
+    (codec, (site, *_)), *_ = members.items()
+    if site.expert is None:
+        return codec_layer(module, codec, stored[codec])
+    experts = {codec: tuple(cast(int, s.expert) for s in group) for codec, group in members.items()}
+    return codec_experts(module, site.parameter.rpartition(".")[2], experts, stored)
 
 
 def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
@@ -200,6 +271,9 @@ def mark_compressed(model: nn.Module, assigned: dict[str, Codec], plan: dict[str
 
 def decode_all(model: nn.Module) -> nn.Module:
     """Replaces every codec layer by the dense class it stands for, with its decoded weight; ties stay ties."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CodecExperts):
+            model.set_submodule(name, dense_experts(module))
     weights: dict[int, nn.Parameter] = {}
     for name, layer in codec_modules(model).items():
         owner = id(next(iter(layer.stored().values())))

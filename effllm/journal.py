@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -21,13 +22,16 @@ Entries = list[dict[str, Any]]
 ENTRY = {"method": str, "settings": dict, "sites": list}
 JOURNAL = "journal.jsonl"
 RUN = r"\d{1,5}(?:-\d{1,5})?"
-PATTERN = re.compile(rf"([\w.]*)(?:\{{({RUN}(?:,{RUN})*)\}}([\w.]*))?")
+PATTERN = re.compile(rf"(?:[\w.]|\{{{RUN}(?:,{RUN})*\}})*")
+NUMBER = re.compile(r"(?:(?<=\.)|^)(0|[1-9]\d*)(?=\.|$)")
+MOST_SITES = 1_000_000  # of one pattern; a journal may come from a stranger
 
 
 def entries(codecs: dict[str, Codec]) -> Entries:
     """The journal of `{site: codec}`: each distinct codec once, with patterns that name its sites.
 
-    A pattern is a module path in which one `{...}` may stand for block numbers: `model.layers.{0-3,7}.mlp.up_proj`.
+    A pattern is a module path in which `{...}` may stand for numbers, of blocks and of experts:
+    `model.layers.{0-3,7}.mlp.experts.up_proj.{0-127}`; several stand for all combinations.
     """
     grouped: dict[Codec, list[str]] = {}
     for site, codec in codecs.items():
@@ -63,17 +67,29 @@ def codecs(journal: Entries) -> dict[str, Codec]:
 
 
 def _fold(sites: list[str]) -> list[str]:
-    numbers: dict[tuple[str, str], list[int]] = {}
-    patterns: dict[tuple[str, str] | str, None] = {}
+    """Patterns for `sites`, in the order of their first sites."""
+    numbers: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for site in sites:
-        match = re.search(r"(?<=\.)(0|[1-9]\d*)(?=\.)", site)
-        if match is None:
-            patterns[site] = None
-        else:
-            key = (site[: match.start()], site[match.end() :])
-            numbers.setdefault(key, []).append(int(match.group()))
-            patterns[key] = None
-    return [k if isinstance(k, str) else f"{k[0]}{_ranges(numbers[k])}{k[1]}" for k in patterns]
+        words = NUMBER.split(site)
+        numbers.setdefault(tuple(words[::2]), []).append(tuple(int(word) for word in words[1::2]))
+    return [
+        "".join(text for pair in zip(words, (*ranges, ""), strict=True) for text in pair)
+        for words, found in numbers.items()
+        for ranges in _products(found)
+    ]
+
+
+def _products(found: list[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Tuples of numbers as few products of ranges: those that share all later ranges are joined at the first number."""
+    if not found[0]:
+        return [()]
+    tails: dict[int, list[tuple[int, ...]]] = {}
+    for first, *rest in found:
+        tails.setdefault(first, []).append(tuple(rest))
+    firsts: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for first, rests in tails.items():
+        firsts.setdefault(tuple(_products(rests)), []).append(first)
+    return [(_ranges(numbers), *tail) for later, numbers in firsts.items() for tail in later]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -85,16 +101,17 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _unfold(pattern: str) -> Iterator[str]:
-    match = PATTERN.fullmatch(pattern) if isinstance(pattern, str) else None
-    if match is None:
+    if not isinstance(pattern, str) or PATTERN.fullmatch(pattern) is None:
         raise EffllmError(f"the journal names sites by {pattern!r}, which is no module path")
-    if match[2] is None:
-        yield pattern
-        return
-    for run in match[2].split(","):
-        first, _, last = run.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            yield f"{match[1]}{number}{match[3]}"
+    words = re.split(r"\{([^}]*)\}", pattern)
+    numbers = []
+    for word in words[1::2]:
+        runs = [run.partition("-") for run in word.split(",")]
+        numbers.append([n for first, _, last in runs for n in range(int(first), int(last or first) + 1)])
+    if math.prod(len(choice) for choice in numbers) > MOST_SITES:
+        raise EffllmError(f"the journal's pattern {pattern!r} stands for more than {MOST_SITES} sites")
+    for choice in itertools.product(*numbers):
+        yield "".join(str(text) for pair in zip(words[::2], (*choice, ""), strict=True) for text in pair)
 
 
 class RunJournal:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.errors import EffllmError
-from effllm.source import quiet, skeleton, stored_dtype
+from effllm.skeleton import quiet, skeleton, stored_dtype
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import inspect
 import math
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +26,7 @@ from effllm.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from effllm.site import Site
-    from effllm.source import Source
+    from effllm.source import Batch, Source
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -37,7 +38,7 @@ class Method(BaseModel, ABC):
     paper: ClassVar[str] = ""
     """Where the idea comes from, as a citation key such as `arXiv 2406.17415`."""
     needs_data: ClassVar[bool] = False
-    """Whether the method must see calibration text."""
+    """Whether the method must see calibration data."""
 
     @classmethod
     def name(cls) -> str:
@@ -59,7 +60,8 @@ class Codec(Method):
     """A weight as fewer bytes.
 
     A weight is always a matrix `[rows, columns]` whose columns are what it is multiplied with: `[out, in]` of a Linear
-    (also of GPT-2's Conv1D, which holds it transposed) and `[entries, width]` of an Embedding.
+    (also of GPT-2's Conv1D, which holds it transposed) or of one expert of a mixture, `[out, in / groups * kernel]` of a
+    convolution, and `[entries, width]` of an Embedding.
     """
 
     @classmethod
@@ -107,10 +109,11 @@ class Score(Method):
     """An ordering of blocks by importance. It stands in for a price where a plan says so."""
 
     @abstractmethod
-    def score(self, source: Source, batches: list[Tensor]) -> dict[str, float]:
-        """Block name -> importance, larger = more important.
+    def score(self, source: Source, batches: Sequence[Batch]) -> dict[str, float]:
+        """Block name -> importance, larger = more important; a block that the data never reach may be left out.
 
-        `batches` are token ids `[sequences, length]` (int64); empty unless the class sets `needs_data`.
+        `batches` are inputs of the model by name, such as `{"input_ids": [sequences, length]}` (int64) or
+        `{"pixel_values": [images, channels, height, width]}`; empty unless the class sets `needs_data`.
         """
 
 

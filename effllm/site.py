@@ -1,6 +1,7 @@
 """Sites: the places of a model where a method can act, found by structure.
 
-A site is named by its module path in the class that the model's config names. Weights that are tied are one site.
+A site is named by its module path in the class that the model's config names; an expert of a mixture by the path of the
+parameter that holds it and its number. Weights that are tied are one site.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 Role = Literal["block", "embedding", "head"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LARGE = 0.01  # of the model's bytes: a weight above this that nothing touches is named
 
 
 @dataclass(frozen=True)
@@ -25,96 +29,188 @@ class Site:
     """A weight that a codec can replace."""
 
     name: str
-    """Module path, e.g. `model.layers.3.mlp.down_proj`."""
+    """Module path, e.g. `model.layers.3.mlp.down_proj`; of an expert `model.layers.3.mlp.experts.down_proj.17`."""
     shape: tuple[int, int]
-    """`[rows, columns]`: `[out, in]` of a Linear or Conv1D, `[entries, width]` of an Embedding."""
+    """`[rows, columns]`: `[out, in]` of a Linear, Conv1D or expert, `[out, in / groups * kernel]` of a convolution,
+    `[entries, width]` of an Embedding."""
     role: Role
-    """`block`: inside a repeated block. `embedding`: an Embedding outside. `head`: any other matrix outside."""
+    """`block`: inside a repeated block. `embedding`: an Embedding or convolution outside. `head`: any other weight outside.
+    In a model without blocks the first weight is `embedding`, the last `head`, those between `block`."""
     block: str | None = None
     """Module path of the block that holds it."""
     tied: tuple[str, ...] = ()
     """Module paths of other modules that use the same weight."""
+    expert: int | None = None
+    """Its number, where the weight is one expert of a parameter `[experts, ...]`."""
 
     @property
     def size(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
 
+    @property
+    def parameter(self) -> str:
+        """Name in the state dict of the tensor that holds the weight."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
+
+    def matrix(self, model: nn.Module) -> torch.Tensor:
+        """The weight in `model` as a codec sees it: `[rows, columns]`, contiguous."""
+        owner, _, leaf = self.parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = cast(torch.Tensor, getattr(module, leaf)).detach()
+        if self.expert is not None:
+            weight = weight[self.expert]
+            return weight.t().contiguous() if cast(Any, module).is_transposed else weight
+        return weight.t().contiguous() if isinstance(module, Conv1D) else weight.flatten(1)
+
 
 def find_blocks(model: nn.Module) -> list[str]:
     """Module paths of the repeated blocks, in the order in which they are registered.
 
-    A stack is an outermost `nn.ModuleList` whose members hold weight matrices.
+    A stack is an outermost `nn.ModuleList` of modules that hold weights in submodules of their own, or an `nn.Sequential`
+    of such modules of which two have one class. Where the members of a stack hold stacks themselves and differ in output
+    width, they are the stages of a pyramid, and the blocks are inside them.
     """
-    stacks: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(stack + ".") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _weight_modules(module)):
-            stacks.append(name)
-    return [f"{stack}.{index}" for stack in stacks for index, _ in model.get_submodule(stack).named_children()]
+    return list(_blocks(model, ""))
+
+
+def _blocks(module: nn.Module, path: str) -> Iterator[str]:
+    members = _stack(module)
+    inside = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+    if not members:
+        for name, child in inside:
+            yield from _blocks(child, name)
+    elif len({_output_width(member) for member in members}) > 1 and any(list(_blocks(m, "x")) for m in members):
+        for name, child in inside:
+            yield from list(_blocks(child, name)) or [name]
+    else:
+        yield from (name for name, _ in inside)
+
+
+def _stack(module: nn.Module) -> list[nn.Module]:
+    """The members of a stack that hold weights; none where `module` is no stack."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return []
+    members = [child for child in module if any(True for name, _ in _weights(child) if name)]
+    alike = len({type(member) for member in members}) < len(members)
+    return members if isinstance(module, nn.ModuleList) or alike else []
+
+
+def _output_width(module: nn.Module) -> int:
+    *_, (_, last) = _weights(module)
+    return matrix_shape(last)[0]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every weight of `model` that a codec can replace, in module order. Works on the meta device."""
     blocks = find_blocks(model)
     tied = _tied_modules(model)
+    weights = [(name, module) for name, module in _weights(model, experts=True) if name not in tied]
     sites = []
-    for name, module in _weight_modules(model):
-        if name in tied:
-            continue
-        block = next((b for b in blocks if name.startswith(b + ".")), None)
-        role: Role = "block" if block else "embedding" if isinstance(module, nn.Embedding) else "head"
-        partners = tuple(target for target, source in tied.items() if source == name)
-        sites.append(Site(name, matrix_shape(module), role, block, partners))
+    for index, (name, module) in enumerate(weights):
+        block = next((b for b in blocks if name == b or name.startswith(b + ".")), None)
+        if block or not (blocks or index in (0, len(weights) - 1) or isinstance(module, nn.Embedding)):
+            role: Role = "block"
+        elif isinstance(module, nn.Embedding) or (index == 0 if not blocks else isinstance(module, CONVOLUTIONS)):
+            role = "embedding"
+        else:
+            role = "head"
+        if _is_experts(module):
+            for parameter, weight in _expert_parameters(module):
+                rows, columns = weight.shape[1:][:: -1 if cast(Any, module).is_transposed else 1]
+                path = f"{name}.{parameter}"
+                sites += [Site(f"{path}.{e}", (rows, columns), role, block, expert=e) for e in range(len(weight))]
+        else:
+            partners = tuple(target for target, source in tied.items() if source == name)
+            sites.append(Site(name, matrix_shape(module), role, block, partners))
     return sites
 
 
-def unchanged(model: nn.Module, assigned: Collection[str]) -> list[tuple[str, float]]:
-    """Weights above 1 % of the model's bytes that are at no site in `assigned`, with their share of the bytes."""
-    covered = {name for site in find_sites(model) if site.name in assigned for name in (site.name, *site.tied)}
-    tied = {f"{name}.weight" for site in find_sites(model) for name in site.tied}
-    sizes = {key: tensor.nbytes for key, tensor in model.state_dict().items() if key not in tied}
-    total = sum(sizes.values())
+def unchanged(model: nn.Module, assigned: Collection[str]) -> list[tuple[str, float, str]]:
+    """Weights above 1 % of the model's bytes that are at no site in `assigned`: name, share of the bytes, and why."""
+    sites = find_sites(model)
+    tied = {f"{name}.weight" for site in sites for name in site.tied}
+    known = {site.parameter for site in sites}
+    left = {site.parameter for site in sites if site.name not in assigned}
+    state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    total = sum(tensor.nbytes for tensor in state.values())
     return [
-        (key, size / total)
-        for key, size in sizes.items()
-        if size > 0.01 * total and key.removesuffix(".weight") not in covered
+        (key, tensor.nbytes / total, "the plan leaves it" if key in known else _reason(model, key))
+        for key, tensor in state.items()
+        if tensor.dim() > 1 and tensor.nbytes > LARGE * total and (key in left or key not in known)
     ]
+
+
+def _reason(model: nn.Module, key: str) -> str:
+    """Why the tensor `key` is at no site."""
+    owner, _, leaf = key.rpartition(".")
+    parents = owner.split(".")
+    chain = [model.get_submodule(".".join(parents[:end])) for end in range(len(parents), 0, -1)]
+    if any(isinstance(module, nn.MultiheadAttention) for module in chain):
+        return "inside nn.MultiheadAttention, which reads its weights directly"
+    if any(parametrize.is_parametrized(module) for module in chain) or leaf in ("weight_g", "weight_v"):
+        return "parametrised: torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm first"
+    tensor = model.state_dict()[key]
+    if tensor.dim() == 3 and leaf != "weight":
+        return (
+            f"a parameter of shape {list(tensor.shape)} that {type(chain[0]).__name__} does not read expert by expert"
+        )
+    return f"{type(chain[0] if chain else model).__name__} computes with it in a way of its own"
+
+
+def norms_with_statistics(model: nn.Module) -> int:
+    """How many batch norms (and instance norms) keep running statistics, which a change of the weights makes stale."""
+    return sum(isinstance(m, NormWithStatistics) and m.running_mean is not None for m in model.modules())
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """The shape of a module's weight as a codec sees it, `[rows, columns]`."""
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, cast(torch.Tensor, module.weight)[0].numel()
+    if _is_experts(module):
+        return _expert_parameters(module)[-1][1].shape[1:][:: -1 if cast(Any, module).is_transposed else 1]  # type: ignore[return-value]
     rows, columns = cast(torch.Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def matrix(module: nn.Module) -> torch.Tensor:
-    """A module's weight as a codec sees it: `[rows, columns]`, contiguous."""
-    weight = cast(torch.Tensor, module.weight).detach()
-    return weight.t().contiguous() if isinstance(module, Conv1D) else weight
-
-
-def _weight_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    for name, module in model.named_modules():
-        if any(name.startswith(parent + ".") for parent in attention) or not _is_weight(module):
-            continue
-        yield name, module
+def _weights(model: nn.Module, experts: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose weight a codec can replace; a module that is registered twice comes under both names."""
+    attention: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            attention.append(name + ".")
+        elif not name.startswith(tuple(attention)) and (_is_weight(module) or (experts and _is_experts(module))):
+            yield name, module
 
 
 def _is_weight(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear) or parametrize.is_parametrized(module):
         return False
+    if module._parameters.get("weight") is None:  # of the hook that weight_norm adds, it is an attribute
+        return False
+    cls: Any = type(module)
     if isinstance(module, (nn.Embedding, Conv1D)):
         return module.weight.dim() == 2
-    return isinstance(module, nn.Linear) and (cooperates(type(module)) or computes_linear(type(module)))  # type: ignore[arg-type]
+    if isinstance(module, CONVOLUTIONS):
+        return cooperates(cls)
+    return isinstance(module, nn.Linear) and (cooperates(cls) or computes_linear(cls))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether transformers marks the class as experts whose forward reads one expert of each parameter at a time."""
+    return isinstance(getattr(module, "is_transposed", None), bool) and bool(_expert_parameters(module))
+
+
+def _expert_parameters(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor) for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
 
 
 @cache
 def cooperates(cls: Any) -> bool:
     """Whether a subclass keeps the inherited forward or calls it through `super()`."""
     forward = cls.forward
-    return forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward) or "super" in forward.__code__.co_names
+    kept = (nn.Linear, nn.Embedding, Conv1D, *CONVOLUTIONS)
+    return forward in [base.forward for base in kept] or "super" in forward.__code__.co_names
 
 
 @cache
@@ -138,7 +234,7 @@ def _tied_modules(model: nn.Module) -> dict[str, str]:
         if target.endswith(".weight") and source.endswith(".weight")
     }
     first: dict[int, str] = {}
-    for name, module in _weight_modules(model):
+    for name, module in _weights(model, experts=False):
         owner = first.setdefault(id(module.weight), name)
         if owner != name and name not in tied and tied.get(owner) != name:
             tied[name] = owner

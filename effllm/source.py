@@ -1,20 +1,21 @@
 """A model as a stream of units, one of them in memory: from a checkpoint, or already live.
 
-A unit is a repeated block, a weight outside the blocks (embedding, head), or `rest`: everything else.
+A unit is a repeated block, a large weight outside the blocks (embedding, head), or `rest`: everything else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,14 +25,17 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from effllm.checkpoint import Checkpoint
-from effllm.errors import EffllmError, UsageError
+from effllm.errors import EffllmError
+from effllm.lockstep import lockstep
 from effllm.site import find_blocks, find_sites
+from effllm.skeleton import FLOATS, quiet, skeleton, stored_dtype
 
 REST = "rest"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OWN_UNIT = 1 << 25  # bytes from which a weight outside the blocks is a unit of its own
+Batch = Mapping[str, Tensor]
+"""Inputs of one forward by name, e.g. `{"input_ids": [sequences, length]}`; a plain module gets them in order."""
 
 
 class Source(ABC):
@@ -49,9 +53,11 @@ class Source(ABC):
         """Unit -> names in the state dict that it holds; a tied weight belongs to the module that owns it."""
         tied = {f"{name}.weight" for site in self.sites for name in site.tied}
         tied |= set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        single = [site.name for site in self.sites if site.block is None]
+        state = self.model.state_dict()
+        single = [s.name for s in self.sites if s.block is None and s.expert is None]
+        single = [name for name in single if state[f"{name}.weight"].nbytes >= OWN_UNIT]
         units: dict[str, list[str]] = {name: [] for name in (*single, REST, *self.blocks)}
-        for key in self.model.state_dict():
+        for key in state:
             if key not in tied:
                 owner = (name for name in (*self.blocks, *single) if key.startswith(name + "."))
                 units[next(owner, REST)].append(key)
@@ -61,87 +67,38 @@ class Source(ABC):
     def resident(self, *units: str) -> contextlib.AbstractContextManager[None]:
         """While it is open, the weights of these units are in `model`, on `device`."""
 
-    @torch.no_grad()
-    def stream(self, batches: list[Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Runs `batches` of token ids `[sequences, length]` block by block, one block in memory at a time.
+    def stream(self, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Runs `batches` of model inputs block by block, one block in memory at a time, all stacks in call order.
 
-        Yields (block, input, output) with hidden states `[sequences, length, width]`, batch by batch within a block.
-
-        Raises:
-            UsageError: the model has several stacks of blocks, or changes hidden states between its blocks.
+        Yields (block, input, output), batch by batch within a block: hidden states `[sequences, length, width]`, or maps
+        `[images, channels, height, width]`. Blocks that the inputs never reach (a vision tower given text) do not come.
         """
-        if len({block.rpartition(".")[0] for block in self.blocks}) != 1:
-            raise UsageError(
-                f"{type(self.model).__name__} has {len(self.blocks)} blocks in other than one stack; block-wise "
-                "calibration walks a single stack: use a plan or a score that needs no data (--score zd)"
-            )
-        training = self.model.training
-        self.model.eval()
-        try:
-            hidden, calls = self._record(batches)
-            for block in self.blocks:
-                with self.resident(block):
-                    module = self.model.get_submodule(block)
-                    for index, call in enumerate(calls):
-                        args, kwargs = call[block]
-                        out = module(hidden[index], *args, **kwargs)
-                        out = out[0] if isinstance(out, tuple) else out
-                        yield block, hidden[index], out
-                        hidden[index] = out
-        finally:
-            self.model.train(training)
-
-    def _record(self, batches: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The first block's input, and every block's other arguments, exactly as the model's own code makes them."""
         base = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
         used = set(base.modules())  # all of them: torch multiplies by a matrix on the meta device without a word
         outside = [u for u in self.units if u not in self.blocks and (u == REST or self.model.get_submodule(u) in used)]
-        with self.resident(*outside):
-            recorder = _Recorder(self.model, self.blocks)
-            for as_tuple in (False, True):
-                recorded = [recorder.run(base, batch.to(self.device), as_tuple) for batch in batches]
-                if all(first is not None for first, _ in recorded):
-                    return [first for first, _ in recorded], [calls for _, calls in recorded]  # type: ignore[misc]
-        raise UsageError(
-            f"{type(self.model).__name__} changes hidden states between its blocks, so they cannot be run one by one; "
-            "use a plan or a score that needs no data (--score zd)"
-        )
-
-
-class _Recorder:
-    """Replaces every block's forward by one that notes its arguments and passes the hidden states on."""
-
-    def __init__(self, model: nn.Module, blocks: list[str]):
-        self.modules = {name: model.get_submodule(name) for name in blocks}
-
-    def run(self, base: nn.Module, batch: Tensor, as_tuple: bool) -> tuple[Tensor | None, dict[str, Any]]:
-        """The first block's input (None if the model did not hand the blocks' outputs on as they are), and the calls."""
-        calls: dict[str, Any] = {}
-        seen: list[Tensor] = []
-
-        def recording(name: str) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                kept = {k: None if k.startswith(("past_key_value", "layer_past")) else v for k, v in kwargs.items()}
-                calls[name] = (args[1:], kept)
-                seen.append(hidden)
-                return (hidden, None, None) if as_tuple else hidden
-
-            return forward
-
+        tables = [u for u in outside if u != REST and isinstance(self.model.get_submodule(u), nn.Embedding)]
+        forwards = [partial(_call, base, batch, self.device) for batch in batches]
+        gates = [*self.blocks, *tables]
+        training = self.model.training
+        self.model.eval()
         try:
-            for name, module in self.modules.items():
-                module.forward = recording(name)
-            if isinstance(base, PreTrainedModel):
-                with contextlib.suppress(IndexError, ValueError) if not as_tuple else contextlib.nullcontext():
-                    base(input_ids=batch, use_cache=False)
-            else:
-                base(batch)
+            with self.resident(*(unit for unit in outside if unit not in tables)):
+                for gate, before, after in lockstep(self.model, gates, forwards, self.resident):
+                    if gate not in tables:
+                        yield gate, before, after
         finally:
-            for module in self.modules.values():
-                del module.forward
-        whole = len(calls) == len(self.modules) and all(tensor is seen[0] for tensor in seen)
-        return (seen[0] if whole else None), calls
+            self.model.train(training)
+
+
+def _call(base: nn.Module, batch: Batch, device: torch.device) -> None:
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not isinstance(base, PreTrainedModel):
+        base(*inputs.values())
+        return
+    parameters = inspect.signature(base.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    caches = "use_cache" in parameters or (takes_any and base.main_input_name == "input_ids")
+    base(**inputs, **({"use_cache": False} if caches else {}))
 
 
 class LiveModel(Source):
@@ -283,92 +240,9 @@ class StoredModel(Source):
             return handle.get_tensor(key)  # type: ignore[no-any-return]
 
 
-def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
-    """The transformers class that `config.json` names under `architectures`.
-
-    Raises:
-        EffllmError: it names none, or one that the installed transformers does not have.
-    """
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str):
-        raise EffllmError(
-            "config.json names no class under 'architectures'; add the one that transformers shall build, such as "
-            "LlamaForCausalLM"
-        )
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise EffllmError(
-            f"config.json names the class {name!r}, which transformers {transformers.__version__} does not have; "
-            "upgrade transformers, or load the model yourself and use effllm.compress(model)"
-        )
-    return found
-
-
-def load_config(values: dict[str, Any]) -> PreTrainedConfig:
-    """The transformers config of a `config.json` dictionary; remote code is never run."""
-    known = {key: value for key, value in values.items() if key not in ("auto_map", "quantization_config")}
-    kind = known.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise EffllmError("config.json has no model_type")
-    try:
-        return AutoConfig.for_model(kind, **known)
-    except ValueError:
-        raise EffllmError(
-            f"config.json has model_type {kind!r}, which transformers {transformers.__version__} does not know; upgrade "
-            "transformers, or load the model yourself and use effllm.compress(model)"
-        ) from None
-
-
-def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model that `config.json` describes, on the meta device but for what no checkpoint holds (rotary tables)."""
-    cls = model_class(config)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = cls._from_config(load_config(config), dtype=dtype)
-    except EffllmError:
-        raise
-    except Exception as error:  # transformers' checks and the class's own code raise whatever they like
-        raise EffllmError(f"config.json describes no {cls.__name__}: {' '.join(str(error).split())}") from error
-    model.eval()
-    for module in model.modules():
-        names = module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
-        for name in names:
-            module._buffers[name] = torch.empty_like(cast(Tensor, module._buffers[name]), device=device)
-        if names:
-            model._init_weights(module)
-    return model
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the config names (what `from_pretrained` loads), else that of the largest tensor."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    text = checkpoint.config.get("text_config") or {}
-    named = named or text.get("dtype") or text.get("torch_dtype")
-    largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
-    if named is None:
-        return FLOATS.get(largest.dtype, torch.float32)
-    dtype = getattr(torch, str(named).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise EffllmError(f"{checkpoint.folder / 'config.json'}: dtype {named!r} is no float dtype of torch")
-    return dtype
-
-
 def _equal(one: Any, other: Any) -> bool:
     tensors = []
     for stored in (one, other):
         with safe_open(stored.file, framework="pt", backend="pread") as handle:
             tensors.append(handle.get_tensor(stored.name))
     return torch.equal(*tensors)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No bars of transformers' own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

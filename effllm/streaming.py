@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 import effllm
 from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
-from effllm.data import load_tokenizer, text_identity
+from effllm.data.text import load_tokenizer, text_identity
 from effllm.errors import EffllmError
 from effllm.journal import RunJournal, entries, file_digest
 from effllm.measure.evaluate import evaluate
@@ -37,7 +37,7 @@ from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, repor
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
-from effllm.site import Site, matrix
+from effllm.site import Site
 from effllm.source import Source, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -166,10 +166,11 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
 def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
     """An upper bound of the output's tensor bytes: each site at the largest option that the plan may choose."""
     tied = {f"{name}.weight" for site in source.sites for name in site.tied}
-    total: int = sum(tensor.nbytes for name, tensor in source.model.state_dict().items() if name not in tied)
+    state = source.model.state_dict()
+    total: int = sum(tensor.nbytes for name, tensor in state.items() if name not in tied)
     for site in source.sites:
         if site.name in options:
-            dense = matrix(source.model.get_submodule(site.name)).nbytes
+            dense = site.size * state[site.parameter].itemsize
             total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - dense
     return total
 
@@ -279,22 +280,25 @@ def _extra(source: StoredModel) -> dict[str, Tensor]:
 def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
     """Everything that the output stores of one unit, under the names on disk."""
     tensors: dict[str, Tensor] = {}
+    members = hf.by_parameter(source.sites, assigned)
+    dense = source.model.state_dict().keys()
     with source.resident(unit):
         for name in source.units[unit]:
             owner, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(owner)
-            if leaf == "weight" and owner in assigned:
-                encoded = encode(owner, module, assigned[owner])
-                tensors |= {f"{owner}.{key}": tensor.cpu().contiguous() for key, tensor in encoded.items()}
+            if name in members:
+                stored = encode(source.model, members[name])
+                layer = hf.encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
+                tensors |= {key: tensor for key, tensor in layer.items() if key not in dense}
             else:
-                tensor = getattr(module, leaf)
-                if isinstance(tensor, nn.Parameter):
-                    refuse_nonfinite(name, tensor)
-                tensors[name] = tensor.detach().cpu().contiguous()
-        first = next(iter(assigned))
-        if f"{first}.weight" in source.units[unit]:
-            tensors[f"{first}.weight"] = torch.zeros(1, dtype=torch.uint8)
-        return source.on_disk(tensors)
+                tensors[name] = getattr(module, leaf)
+                if isinstance(tensors[name], nn.Parameter):
+                    refuse_nonfinite(name, tensors[name])
+        guarded = min((site for site in source.sites if site.name in assigned), key=lambda s: s.expert is not None)
+        if guarded.parameter in source.units[unit]:
+            experts = None if guarded.expert is None else source.model.state_dict()[guarded.parameter].shape
+            tensors |= hf.guard_tensor(source.model, guarded.parameter, experts)
+        return source.on_disk({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:

@@ -41,7 +41,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import effllm
 from effllm.checkpoint import Checkpoint, resolve
-from effllm.data import EVALUATION_TEXT, token_windows
+from effllm.data.text import EVALUATION_TEXT, token_windows
 from effllm.hf import codec_modules
 from effllm.journal import RunJournal
 from effllm.measure.evaluate import Comparison, compare, standard_error
@@ -151,7 +151,7 @@ class Bench:
         with journal.claim("scores"):
             for score in scores:
                 if journal.find("score", score.label()) is None:
-                    values = score.score(self.source, list(calibration.split(BATCH)))
+                    values = score.score(self.source, [{"input_ids": part} for part in calibration.split(BATCH)])
                     journal.add("score", score.label(), values=values)
                 self.ranks[score] = (journal.find("score", score.label()) or {})["values"]
         lim = next(values for score, values in self.ranks.items() if score.settings() == {"reduce": "token"})

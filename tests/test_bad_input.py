@@ -552,7 +552,7 @@ class Unknown(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.picture = nn.Conv2d(3, 16, 3)
+        self.picture = nn.ConvTranspose2d(3, 16, 3)
         self.inner = nn.ModuleDict({"one": nn.Linear(16, 32), "two": nn.Linear(32, 8, bias=False)})
 
     def forward(self, x):
@@ -566,7 +566,7 @@ def test_unknown_live_architecture(caplog):
     with caplog.at_level(logging.WARNING, logger="effllm"):
         effllm.compress(model, "uniform-8bit")
     assert list(model.effllm_report) == ["inner.one", "inner.two"]
-    assert type(model.picture) is nn.Conv2d
+    assert type(model.picture) is nn.ConvTranspose2d
     assert torch.allclose(model(x), plain, atol=0.02) and not torch.equal(model(x), plain)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("effllm")]
     assert any("picture.weight" in message and "stays as it is" in message for message in told)
@@ -574,7 +574,7 @@ def test_unknown_live_architecture(caplog):
 
 
 def test_live_model_without_a_matrix():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3))
     says(refusal(effllm.compress, model, PLAN, kind=UsageError), "matches no layer", "none")
 
 

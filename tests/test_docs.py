@@ -20,7 +20,7 @@ import effllm
 import effllm.measure.evaluate
 from effllm.checkpoint import resolve
 from effllm.cli import app, main
-from effllm.data import packaged_text
+from effllm.data.text import packaged_text
 from effllm.plans import load_plan
 
 

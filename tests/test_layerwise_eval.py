@@ -81,13 +81,12 @@ def test_rows_carry_the_keys_of_a_result(results):
 
 def test_a_row_equals_what_effllm_says_of_the_same_plan(results, script, folder, tmp_path):
     row = next(r for r in results[1] if r["variant"] == "4/2, 2 of 4 at 2: LIM" and r["table"] == "main")
-    tokens = torch.cat(
-        calibration_batches(Calibration(samples=2, sequence_length=64), effllm.data.load_tokenizer(folder))
-    )
+    batches = calibration_batches(Calibration(samples=2, sequence_length=64), effllm.data.text.load_tokenizer(folder))
+    tokens = torch.cat([batch["input_ids"] for batch in batches])
     model = effllm.load(folder)
     packed = effllm.compress(copy.deepcopy(model), load_plan(row["plan"]), calibration=tokens)
-    windows = effllm.data.token_windows(
-        effllm.data.load_tokenizer(folder), ["default"], 2, 64, default=effllm.data.EVALUATION_TEXT
+    windows = effllm.data.text.token_windows(
+        effllm.data.text.load_tokenizer(folder), ["default"], 2, 64, default=effllm.data.text.EVALUATION_TEXT
     )
     figures = compare(packed, windows, baseline=model).figures()
     for key in ("perplexity", "kl", "kl_stderr", "top1_agreement"):

@@ -13,7 +13,7 @@ from test_loading import FAMILIES
 
 import effllm
 from effllm.checkpoint import Checkpoint
-from effllm.data import token_windows
+from effllm.data.text import token_windows
 from effllm.measure.evaluate import compare
 from effllm.measure.memory import kv_cache
 from effllm.measure.result import Result, bits_per_weight, schema

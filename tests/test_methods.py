@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import effllm
 from effllm.method import Codec, Score, from_spec, methods
-from effllm.site import find_sites, matrix
+from effllm.site import find_sites
 from effllm.source import LiveModel
 
 CODECS = [name for name, cls in methods().items() if issubclass(cls, Codec)]
@@ -56,7 +56,7 @@ def test_applies_and_beats_zero(name, model):
         if site.shape in seen:
             continue
         seen.add(site.shape)
-        weight = matrix(built.get_submodule(site.name)).float()
+        weight = site.matrix(built).float()
         for codec in options(name, site):
             data = codec.encode(weight)
             decoded = codec.decode(data, site.shape)
@@ -75,7 +75,7 @@ def test_applies_and_beats_zero(name, model):
 def test_rows_and_products_agree_with_decode(name):
     model = tiny_llama()
     site = find_sites(model)[1]
-    weight = matrix(model.get_submodule(site.name)).float()
+    weight = site.matrix(model).float()
     x = torch.randn(5, site.shape[1], generator=torch.Generator().manual_seed(1))
     for codec in options(name, site):
         data = codec.encode(weight)
@@ -90,7 +90,7 @@ def test_more_bytes_never_lose(name):
     """Options that differ in one ordered field: the larger is no worse by more than 5 %."""
     model = tiny_llama()
     site = find_sites(model)[1]
-    weight = matrix(model.get_submodule(site.name)).float()
+    weight = site.matrix(model).float()
     measured = []
     for option in options(name, site):
         error = (option.decode(option.encode(weight), site.shape) - weight).norm()
@@ -138,7 +138,7 @@ def test_folder_route_writes_the_live_tensors(name, model, tmp_path):
 def test_scores_order_all_blocks(name, tokens):
     source = LiveModel(tiny_llama())
     score = methods()[name]()
-    batches = [tokens] if score.needs_data else []
+    batches = [{"input_ids": tokens}] if score.needs_data else []
     found = score.score(source, batches)
     assert set(found) == set(source.blocks)
     assert len(set(found.values())) > 1, "a score must tell blocks apart"

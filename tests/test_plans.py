@@ -118,10 +118,20 @@ def test_journal_round_trip_is_exact(assigned):
     assert codecs(entries(assigned)) == assigned
 
 
-def test_journal_stays_small():
-    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(48) for e in range(4)]
+def test_the_journal_of_twelve_thousand_experts_is_two_patterns():
+    names = [f"model.layers.{i}.experts.{p}.{e}" for i in range(48) for p in ("up", "down") for e in range(128)]
     journal = entries({name: Quantize() for name in names})
-    assert len(journal) == 1 and len(journal[0]["sites"]) == 4
+    assert [entry["sites"] for entry in journal] == [
+        ["model.layers.{0-47}.experts.up.{0-127}", "model.layers.{0-47}.experts.down.{0-127}"]
+    ]
+    assert list(codecs(journal)) != [] and codecs(journal).keys() == set(names)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from("ab"), st.integers(0, 9)), min_size=1, unique=True))
+@settings(max_examples=100, deadline=None)
+def test_patterns_of_blocks_and_experts_stand_for_exactly_their_sites(places):
+    assigned = {f"blocks.{i}.{p}.{e}": Quantize() for i, p, e in places}
+    assert codecs(entries(assigned)) == assigned
 
 
 def test_specs():

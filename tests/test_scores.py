@@ -33,9 +33,9 @@ def model():
 
 
 @pytest.fixture
-def batches(tokens) -> list[torch.Tensor]:
+def batches(tokens) -> list[dict[str, torch.Tensor]]:
     """Batches of unequal size: a mean of means would differ from the mean."""
-    return [tokens[:, :16], tokens[:1, 1:]]
+    return [{"input_ids": tokens[:, :16]}, {"input_ids": tokens[:1, 1:]}]
 
 
 def score(spec, source, batches=()) -> dict[str, float]:
@@ -60,7 +60,7 @@ def direct_lim(model, batches, per_token: bool) -> dict[str, float]:
     blocks = LiveModel(model).blocks
     handles = [model.get_submodule(b).register_forward_hook(hook(b), with_kwargs=True) for b in blocks]
     for batch in batches:
-        model(input_ids=batch, use_cache=False)
+        model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
     return {name: -float(torch.cat(values).mean()) for name, values in cosines.items()}
@@ -76,7 +76,7 @@ def test_lim_is_the_negative_cosine_of_a_plain_forward(make, reduce, batches):
 
 @torch.no_grad()
 def test_lim_matches_the_hidden_states_that_the_model_returns(model, tokens):
-    found = score("lim", LiveModel(model), [tokens])
+    found = score("lim", LiveModel(model), [{"input_ids": tokens}])
     states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
     for index in range(2):  # the state after the last block is normed
         cosine = F.cosine_similarity(states[index].float(), states[index + 1].float(), dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effllm.checkpoint import resolve
-from effllm.data import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.errors import EffllmError
 from effllm.loading import load
 from effllm.measure.result import Result, describe_run

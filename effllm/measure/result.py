@@ -19,7 +19,7 @@ from effllm.hf import EffllmConfig
 from effllm.journal import codecs
 from effllm.plans import select
 from effllm.site import find_sites
-from effllm.source import skeleton, stored_dtype
+from effllm.skeleton import skeleton, stored_dtype
 
 
 class Result(BaseModel):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
-
 from effllm.method import Score
-from effllm.source import Source
+from effllm.source import Batch, Source
 
 
 class Random(Score):
@@ -17,6 +16,6 @@ class Random(Score):
     paper: ClassVar[str] = "control"
     seed: int = 0
 
-    def score(self, source: Source, batches: list[Tensor]) -> dict[str, float]:
+    def score(self, source: Source, batches: Sequence[Batch]) -> dict[str, float]:
         generator = random.Random(self.seed)
         return {block: generator.random() for block in source.blocks}

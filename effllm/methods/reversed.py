@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
-
 from effllm.methods.lim import Lim
-from effllm.source import Source
+from effllm.source import Batch, Source
 
 
 class Reversed(Lim):
@@ -15,5 +14,5 @@ class Reversed(Lim):
 
     paper: ClassVar[str] = "control"
 
-    def score(self, source: Source, batches: list[Tensor]) -> dict[str, float]:
+    def score(self, source: Source, batches: Sequence[Batch]) -> dict[str, float]:
         return {block: -importance for block, importance in super().score(source, batches).items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from effllm.method import Score
-from effllm.site import matrix
-from effllm.source import Source
+from effllm.source import Batch, Source
 
 PART = 1 << 20  # weights held in fp32 at once
 
@@ -26,13 +25,13 @@ class Zd(Score):
 
     paper: ClassVar[str] = "arXiv 2406.17415"
 
-    def score(self, source: Source, batches: list[Tensor]) -> dict[str, float]:
+    def score(self, source: Source, batches: Sequence[Batch]) -> dict[str, float]:
         scores = {}
         for block in source.blocks:
-            names = [site.name for site in source.sites if site.block == block]
+            sites = [site for site in source.sites if site.block == block]
             with source.resident(block):
-                modules = [source.model.get_submodule(name) for name in names]
-                weights = [matrix(module) for module in modules if not isinstance(module, nn.Embedding)]
+                tables = {name for name, module in source.model.named_modules() if isinstance(module, nn.Embedding)}
+                weights = [site.matrix(source.model) for site in sites if site.name not in tables]
                 scores[block] = -_share_above_one(weights)
         return scores
 

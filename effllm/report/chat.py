@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from effllm.checkpoint import resolve
-from effllm.data import load_tokenizer
+from effllm.data.text import load_tokenizer
 from effllm.loading import load
 from effllm.measure.result import peak_memory
 

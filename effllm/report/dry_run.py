@@ -17,7 +17,8 @@ from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
 from effllm.site import Site, find_sites, unchanged
-from effllm.source import StoredModel, model_class, skeleton
+from effllm.skeleton import model_class, skeleton
+from effllm.source import StoredModel
 from effllm.streaming import working_memory
 
 HEADER_BYTES = 120  # of one tensor in a safetensors header, about
@@ -52,8 +53,8 @@ class DryRun:
     working_memory_bytes: int
     """Peak of the compression itself, beside the interpreter and its libraries."""
     seconds: float
-    unchanged: list[tuple[str, float]]
-    """Weights above 1 % of the model's bytes that no codec touches, with their share."""
+    unchanged: list[tuple[str, float, str]]
+    """Weights above 1 % of the model's bytes that no codec touches, with their share and the reason."""
     unloaded: list[str] = field(default_factory=list)
     """Tensors of the checkpoint that the class does not load; kept byte for byte."""
 

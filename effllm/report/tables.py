@@ -71,8 +71,8 @@ def show_dry_run(found: DryRun) -> None:
                 f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}: "
                 f"{step.order.label()} decides at compress time"
             )
-    for name, share in found.unchanged:
-        console.print(f"stays as it is: {name}, {share:.1%} of the bytes")
+    for name, share, why in found.unchanged:
+        console.print(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
     for name in found.unloaded:
         console.print(f"not loaded by the class, kept byte for byte: {name}")
     memory = found.memory

@@ -1,0 +1,1 @@
+"""How other programs open compressed folders: transformers, peft, lm-eval, any Python process."""

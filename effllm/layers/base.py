@@ -1,0 +1,90 @@
+"""What every layer that holds a weight in its encoded form has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from effllm.method import Codec
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class CodecModule(nn.Module):
+    """The codec, the matrix's shape and the stored tensors."""
+
+    codec: Codec
+    matrix_shape: tuple[int, int]
+    compute_dtype: torch.dtype
+    stored_names: tuple[str, ...]
+    replaced_class: type[nn.Module]
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors by name, as `Codec.encode` returned them."""
+        return {name: getattr(self, name) for name in self.stored_names}
+
+    def store(self, stored: dict[str, Tensor], owner: bool = True) -> None:
+        """Holds `stored`; a layer that is no `owner` uses another layer's very tensors, and saves none of its own.
+
+        Integers are frozen parameters, which loaders and offloading treat as they treat any weight. Floats are buffers:
+        `model.dtype` is the dtype of the first float parameter, and a scale must not decide it.
+        """
+        self.stored_names = tuple(stored)
+        for name, tensor in stored.items():
+            if tensor.is_floating_point():
+                self.register_buffer(name, tensor, persistent=owner)
+            else:
+                parameter = nn.Parameter(tensor, requires_grad=False) if owner else cast(nn.Parameter, tensor)
+                self.register_parameter(name, parameter)
+
+    def arrange(self, matrix: Tensor) -> Tensor:
+        """A matrix `[rows, columns]` laid out as the weight of the class that this layer replaces; a view."""
+        return matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the dense weight; NaN everywhere, stride 0. `decoded()` has the values."""
+        device = getattr(self, self.stored_names[0]).device
+        metadata = torch.full((), float("nan"), dtype=self.compute_dtype, device=device).expand(self.matrix_shape)
+        metadata = self.arrange(metadata)
+        metadata._is_hf_initialized = True  # type: ignore[attr-defined]
+        return metadata
+
+    def decoded(self) -> Tensor:
+        """The dense weight in the layer's dtype, laid out as in the class that this layer replaces."""
+        return self.arrange(self.codec.decode(self.stored(), self.matrix_shape).to(self.compute_dtype)).contiguous()
+
+    def dense(self, weight: nn.Parameter) -> nn.Module:
+        """The layer of the class that this one replaces, with `weight` (see `decoded`) in place of the stored tensors."""
+        module = self.replaced_class.__new__(self.replaced_class)
+        dropped = {"codec", "matrix_shape", "compute_dtype", "stored_names"}
+        module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in dropped})
+        for kind in ("_parameters", "_buffers"):
+            module.__dict__[kind] = {n: t for n, t in self.__dict__[kind].items() if n not in self.stored_names}
+        module._parameters["weight"] = weight
+        return module
+
+    def extra_repr(self) -> str:
+        return f"{self.codec.label()}, shape={list(self.matrix_shape)}, dtype={self.compute_dtype}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodecModule:
+        """Moves everything, and casts nothing that is stored: `.to(dtype)` changes the dtype of the arithmetic."""
+        frozen = {id(tensor): tensor.dtype for tensor in self.stored().values() if tensor.is_floating_point()}
+
+        def move(tensor: Tensor) -> Tensor:
+            dtype = frozen.get(id(tensor))
+            if dtype is None:
+                return fn(tensor)
+            return fn(tensor.data.view(INTEGERS[dtype.itemsize])).view(dtype)
+
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        super()._apply(move, recurse)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from effllm.layers import rebuild
+
+        return rebuild, (self.replaced_class, self.__dict__)

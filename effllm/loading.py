@@ -45,12 +45,13 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def check_finite(model: PreTrainedModel) -> None:
-    """Runs one token through a text model.
+    """Runs one token through a model that generates, or an empty image through one that takes images alone.
 
     Raises:
         EffllmError: naming the first layer whose output is not finite.
     """
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+    inputs = _smallest_input(model)
+    if inputs is None:
         return
     broken: list[str] = []
 
@@ -65,12 +66,24 @@ def check_finite(model: PreTrainedModel) -> None:
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children()) and any(True for _ in m.parameters())]
     handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
     try:
-        token = model.config.get_text_config().bos_token_id
-        token = token[0] if isinstance(token, list) else token
-        model(input_ids=torch.tensor([[token or 0]], device=model.device))
+        model(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
     finally:
         for handle in handles:
             handle.remove()
     if broken:
         raise EffllmError(f"{broken[0]} gives values that are not finite; the weights there are damaged, or overflow "
                           f"{model.dtype}: try dtype=torch.float32")  # fmt: skip
+
+
+def _smallest_input(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """One token, or one black image where the config says its size; None for other models."""
+    if model.main_input_name == "pixel_values":
+        size, channels = (getattr(model.config, key, None) for key in ("image_size", "num_channels"))
+        if not isinstance(size, int) or not isinstance(channels, int):
+            return None
+        return {"pixel_values": torch.zeros(1, channels, size, size, dtype=model.dtype)}
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder or not model.can_generate():
+        return None
+    token = model.config.get_text_config().bos_token_id
+    token = token[0] if isinstance(token, list) else token
+    return {"input_ids": torch.tensor([[token or 0]])}

@@ -42,6 +42,7 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
 
 def load_config(values: dict[str, Any]) -> PreTrainedConfig:
     """The transformers config of a `config.json` dictionary; remote code is never run."""
+    values = PreTrainedConfig._decode_special_floats(values)
     known = {key: value for key, value in values.items() if key not in ("auto_map", "quantization_config")}
     kind = known.pop("model_type", None)
     if not isinstance(kind, str):
@@ -66,12 +67,15 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.dev
     except Exception as error:  # transformers' checks and the class's own code raise whatever they like
         raise EffllmError(f"config.json describes no {cls.__name__}: {' '.join(str(error).split())}") from error
     model.eval()
-    for module in model.modules():
+    initialisers = {"": model}
+    for name, module in model.named_modules():
+        initialiser = initialisers[name.rpartition(".")[0]]
+        initialisers[name] = module if isinstance(module, PreTrainedModel) else initialiser
         names = module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
-        for name in names:
-            module._buffers[name] = torch.empty_like(cast(Tensor, module._buffers[name]), device=device)
+        for buffer in names:
+            module._buffers[buffer] = torch.empty_like(cast(Tensor, module._buffers[buffer]), device=device)
         if names:
-            model._init_weights(module)
+            initialisers[name]._init_weights(module)
     return model
 
 

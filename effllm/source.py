@@ -219,7 +219,11 @@ class StoredModel(Source):
                 for file in {self.checkpoint.tensors[key].file for key in keys}
             }
             slices = {key: handles[self.checkpoint.tensors[key].file].get_slice(key) for key in keys}
-            settings = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._conversions())
+            settings = LoadStateDictConfig(
+                dtype=self.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.dtype),
+                weight_mapping=self._conversions(),
+            )
             with quiet():
                 info, _ = convert_and_load_state_dict_in_model(self.model, slices, settings)
         missing, mismatched = info.missing_keys & expected, sorted(info.mismatched_keys)

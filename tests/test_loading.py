@@ -152,7 +152,11 @@ def test_layers_inherit_and_show_metadata(model):
     assert isinstance(model.lm_head, nn.Linear) and isinstance(model.lm_head, CodecLinear)
     assert isinstance(model.model.embed_tokens, nn.Embedding) and isinstance(model.model.embed_tokens, CodecEmbedding)
     weight = model.lm_head.weight
-    assert weight.shape == (512, 256) and weight.dtype == torch.bfloat16 and bool(torch.isnan(weight).all())
+    assert weight.shape == (512, 256) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    assert torch.equal(weight + 0, model.lm_head.decoded()) and torch.equal(weight[3], model.lm_head.decoded()[3])
+    for change in (lambda: weight.add_(1), lambda: weight.data.__iadd__(1), lambda: torch.add(weight, 1, out=weight)):
+        with pytest.raises(EffllmError, match="cannot be changed in place"):
+            change()
     assert model.dtype == torch.bfloat16
 
 

@@ -1,7 +1,7 @@
 """Layers that hold a weight in its encoded form.
 
-Each inherits the class that it replaces and shows `.weight` as metadata: shape, dtype and device are right, the values
-are NaN, so that whatever reads metadata works and whatever would compute with it fails loudly.
+Each inherits the class that it replaces and shows `.weight` as a tensor of the right shape, dtype and device, which is
+decoded where its values are read and cannot be written to.
 """
 
 from __future__ import annotations
@@ -33,12 +33,18 @@ LAYERS: dict[type[nn.Module], type[CodecModule]] = {
 
 @cache
 def codec_class(base: Any) -> type[CodecModule]:
-    """The codec layer for modules of class `base`. A subclass whose forward calls `super()` keeps what it adds."""
+    """The codec layer for modules of class `base`.
+
+    A subclass whose forward calls `super()` keeps what it adds. One with a forward of its own keeps that, and reads the
+    decoded weight.
+    """
     layer = next(layer for replaced, layer in LAYERS.items() if issubclass(base, replaced))
     if base is layer.replaced_class:
         return layer
-    bases = (base, layer) if cooperates(base) else (layer, base)
-    return cast(type[CodecModule], type(f"Codec{base.__name__}", bases, {"replaced_class": base}))
+    own = {"replaced_class": base}
+    if cooperates(base):
+        return cast(type[CodecModule], type(f"Codec{base.__name__}", (base, layer), own))
+    return cast(type[CodecModule], type(f"Codec{base.__name__}", (layer, base), own | {"forward": base.forward}))
 
 
 def rebuild(base: type[nn.Module], state: dict[str, Any]) -> CodecModule:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from effllm.layers.weight import PackedWeight
 from effllm.method import Codec
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,16 +47,19 @@ class CodecModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device of the dense weight; NaN everywhere, stride 0. `decoded()` has the values."""
-        device = getattr(self, self.stored_names[0]).device
-        metadata = torch.full((), float("nan"), dtype=self.compute_dtype, device=device).expand(self.matrix_shape)
-        metadata = self.arrange(metadata)
-        metadata._is_hf_initialized = True  # type: ignore[attr-defined]
-        return metadata
+        """The dense weight as metadata, decoded where its values are read; see `PackedWeight`."""
+        return PackedWeight.of(self, getattr(self, self.stored_names[0]).device)
 
     def decoded(self) -> Tensor:
         """The dense weight in the layer's dtype, laid out as in the class that this layer replaces."""
         return self.arrange(self.codec.decode(self.stored(), self.matrix_shape).to(self.compute_dtype)).contiguous()
+
+    def decoded_row(self, row: int) -> Tensor:
+        """`decoded()[row]`, without the other rows where the codec can."""
+        if type(self).arrange is not CodecModule.arrange:
+            return self.decoded()[row]
+        index = torch.tensor([row % self.matrix_shape[0]], device=getattr(self, self.stored_names[0]).device)
+        return self.codec.decode_rows(self.stored(), index, self.matrix_shape)[0].to(self.compute_dtype)
 
     def dense(self, weight: nn.Parameter) -> nn.Module:
         """The layer of the class that this one replaces, with `weight` (see `decoded`) in place of the stored tensors."""

@@ -25,10 +25,6 @@ class CodecExpertGroup(CodecModule):
     experts: tuple[int, ...]
     """Their numbers within the layer, ascending."""
 
-    @property
-    def weight(self) -> Tensor:
-        return super().weight.expand(len(self.experts), *self.matrix_shape)
-
     def one(self, position: int) -> Tensor:
         """The matrix `[rows, columns]` of the expert at `position` of the group, in the codec's own dtype."""
         return self.codec.decode({name: tensor[position] for name, tensor in self.stored().items()}, self.matrix_shape)

@@ -41,6 +41,8 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
+    """Where its bytes begin in the file."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise EffllmError(
                     f"{file}: tensor {name!r} has shape {list(shape)}, but {end - begin} bytes; download it again"
                 )
-            tensors[name] = StoredTensor(name, file, entry["dtype"], shape, end - begin)
+            tensors[name] = StoredTensor(name, file, entry["dtype"], shape, end - begin, 8 + length + begin)
             spans.append((begin, end, name))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError, AttributeError):
         raise EffllmError(f"{file} has a corrupt safetensors header; download it again") from None

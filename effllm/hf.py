@@ -1,4 +1,4 @@
-"""Compressed models as ordinary transformers models: the quantizer, and putting codec layers in and out of a model.
+"""Compressed models as ordinary transformers models: the config, the quantizer, and the guard.
 
 A compressed folder is a Hugging Face folder whose `config.json` carries the journal under `quantization_config`. The
 quantizer registered here replaces the journal's sites on the meta device, and the loader then fills the stored tensors
@@ -8,57 +8,54 @@ the folder instead of returning random weights.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
-import sys
-from collections.abc import Iterable, Sequence
-from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import effllm
-from effllm.errors import EffllmError
-from effllm.journal import Entries, codecs, entries
-from effllm.layers import CodecModule, codec_layer, empty_stored, tie
-from effllm.layers.experts import (
-    PACKED,
-    CodecExpertGroup,
-    CodecExperts,
-    CodecExpertWeights,
-    codec_experts,
-    dense_experts,
-)
+from effllm.checksum import checksum, to_text
+from effllm.errors import EffllmError, UsageError
+from effllm.journal import Entries, codecs, entries, shapes
+from effllm.layers import tie
+from effllm.layers.experts import CodecExpertGroup
+from effllm.layers.placing import attach, by_parameter, codec_modules, decode_all, encode, install
 from effllm.method import Codec
+from effllm.plans import Plan, load_plan
 from effllm.site import Site, find_sites
 
 FORMAT = 1
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @register_quantization_config("effllm")
 class EffllmConfig(QuantizationConfigMixin):
     """`quantization_config` of a compressed folder.
 
-    `sites` is the journal (see `effllm.journal.entries`), `format` the version of the folder's format, `version` the
-    effllm that wrote it, `plan` the plan carried out and `source` the identity of the checkpoint it was made from.
+    `sites` is the journal (see `effllm.journal.entries`), `shapes` those of its matrices, `format` the version of the
+    folder's format, `version` the effllm that wrote it, `plan` the plan carried out, `source` the identity of the
+    checkpoint it was made from, and `checksums` those of all tensors (see `effllm.checksum`).
+
+    For `from_pretrained(name, quantization_config=effllm.Config(plan="uniform-4bit"))` only `plan` is given: a preset's
+    name, a file, a dictionary or a `Plan` that needs no data.
     """
 
     def __init__(
         self,
         sites: Entries | None = None,
+        shapes: Entries | None = None,
         format: int = FORMAT,
         version: str | None = None,
-        plan: dict[str, Any] | None = None,
+        plan: str | Path | dict[str, Any] | Plan | None = None,
         source: dict[str, Any] | None = None,
-        quant_method: str = "effllm",
+        checksums: str | None = None,
+        quant_method: str | None = None,
         **unknown: Any,
     ):
         if not isinstance(format, int) or format > FORMAT:
@@ -66,7 +63,10 @@ class EffllmConfig(QuantizationConfigMixin):
                 f"the folder has format {format!r}, written by effllm {version}; this is effllm {effllm.__version__}, "
                 f"which reads up to {FORMAT}: pip install --upgrade effllm"
             )
-        for name, value, kind in (("sites", sites, list), ("plan", plan, dict), ("source", source, dict)):
+        if plan is not None and quant_method is None:  # written by a caller, and not read from a config.json
+            plan = load_plan(plan).model_dump(mode="json", exclude_defaults=True)
+        given = (("sites", sites, list), ("shapes", shapes, list), ("plan", plan, dict), ("source", source, dict))
+        for name, value, kind in given:
             if not isinstance(value or kind(), kind):
                 raise EffllmError(
                     f"config.json: quantization_config.{name} = {str(value)[:80]} is no {kind.__name__}; download it again"
@@ -74,23 +74,72 @@ class EffllmConfig(QuantizationConfigMixin):
         self.quant_method = "effllm"  # type: ignore[assignment]
         self.format = format
         self.version = version or effllm.__version__
-        self.sites = sites or []
-        self.plan = plan or {}
+        self.sites, self.shapes = sites or [], shapes or []
+        self.plan = cast(dict[str, Any], plan or {})
         self.source = source or {}
+        self.checksums = checksums
+
+
+class EncodeOnLoad(ConversionOps):
+    """Encodes each weight as transformers reads it, so that one dense weight at a time is in memory.
+
+    Raises:
+        UsageError: the plan orders blocks, which takes data, or all the weights before the first is encoded.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: dict[str, Any]):
+        if not plan:
+            raise UsageError("effllm.Config needs a plan to compress on load: effllm.Config(plan='uniform-4bit')")
+        wanted = load_plan(plan)
+        if wanted.scores():
+            raise UsageError(
+                f"plan {wanted.name} orders blocks by {wanted.scores()[0].label()}, which cannot be known while loading: "
+                "use a uniform plan here, or effllm.compress(model, plan) after loading"
+            )
+        self.sites = find_sites(model)
+        self.assigned = wanted.assign(self.sites, {})
+        self.members = by_parameter(self.sites, self.assigned)
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Puts the codec layer of a weight just read into `model`; nothing is left for the loader to set."""
+        for name, value in input_dict.items():
+            dense = value[0] if isinstance(value, list) else value
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(dense, requires_grad=False)
+            members = self.members[name]
+            install(model, members, encode(model, members))
+            tied = [f"{other}.weight" for sites in members.values() for other in sites[0].tied]
+            missing_keys.difference_update([name, *tied])
+        return {}
 
 
 @register_quantizer("effllm")
 class EffllmQuantizer(HfQuantizer):
     """Rebuilds the journal's sites before the weights are read."""
 
-    requires_calibration = True
+    requires_calibration = False
     quantization_config: EffllmConfig
+    encoder: EncodeOnLoad
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        attach(model, codecs(self.quantization_config.sites))
-        _ignore_guard(model)
+        if self.pre_quantized:
+            attach(model, codecs(self.quantization_config.sites))
+            _ignore_guard(model)
+        else:
+            self.encoder = EncodeOnLoad(model, self.quantization_config.plan)
+            self.quantization_config.sites = entries(self.encoder.assigned)
+            self.quantization_config.shapes = shapes(self.encoder.sites, self.encoder.assigned)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and param_name in self.encoder.members
+
+    def get_quantize_ops(self) -> EncodeOnLoad:
+        return self.encoder
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model._weight_conversions = []  # in a packed folder the names are module paths
         layers = codec_modules(model)
         tied = {}
         for target, source in model.all_tied_weights_keys.items():
@@ -101,16 +150,22 @@ class EffllmQuantizer(HfQuantizer):
             if name in tied:
                 tie(layer, layers[tied[name]])
                 continue
-            for key, tensor in layer.stored().items():
+            for key, tensor in layer.stored().items() if self.pre_quantized else ():
                 if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):
                     raise EffllmError(
                         f"the checkpoint lacks {name}.{key}, or holds it in another shape; it is incomplete: write or "
                         "download it again"
                     )
+        model.add_model_tags("effllm")
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return model.state_dict() | guard(model), {}
+        self.quantization_config.source = self.quantization_config.source or _source(model)
+        state = model.state_dict() | guard(model)
+        whole = not any(tensor.is_meta for tensor in state.values())  # some are, where layers are offloaded
+        numbers = to_text(checksum(name, tensor) for name, tensor in state.items()) if whole else None
+        self.quantization_config.checksums = numbers
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -127,35 +182,28 @@ class EffllmQuantizer(HfQuantizer):
         return cast(PreTrainedModel, decode_all(model))
 
 
-def codec_modules(model: nn.Module) -> dict[str, CodecModule]:
-    """Every compressed layer of a model by module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CodecModule)}
-
-
 def guard(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensor that makes a transformers without effllm refuse the folder; empty where nothing is compressed."""
-    modules = codec_modules(model)
-    plain = [name for name, module in modules.items() if not isinstance(module, CodecExpertGroup)]
-    if plain:
-        return guard_tensor(model, f"{plain[0]}.weight", None)
-    for name in modules:
-        weights = cast(CodecExpertWeights, model.get_submodule(name.rpartition(".")[0]))
-        return guard_tensor(model, _dense_name(name), weights.dense_shape)
-    return {}
+    """The tensor that makes a transformers without effllm refuse the folder; empty where nothing is compressed.
+
+    It stands in the place of a dense weight of the base model, which every Auto class has, if there is one.
+    """
+    name = guarded(model, list(_replaced(model)))
+    return {name: torch.zeros(1, dtype=torch.uint8)} if name else {}
 
 
-def guard_tensor(model: PreTrainedModel, parameter: str, experts: Sequence[int] | None) -> dict[str, Tensor]:
-    """The guard in the place of `parameter`; where that holds `experts` (its shape), under the first of its disk names."""
-    if experts is not None:
-        dense = torch.empty(tuple(experts), device="meta")
-        parameter = next(iter(revert_weight_conversion(model, {parameter: dense})))
-    return {parameter: torch.zeros(1, dtype=torch.uint8)}
+def guarded(model: PreTrainedModel, parameters: list[str]) -> str | None:
+    """Which of the compressed `parameters` the guard stands for."""
+    inside = [name for name in parameters if name.startswith(model.base_model_prefix + ".")]
+    return next(iter(inside or parameters), None)
 
 
-def _dense_name(group: str) -> str:
-    """The parameter that a group of experts (`...experts.packed_up_proj.0`) stands for: `...experts.up_proj`."""
-    owner, _, leaf = group.rpartition(".")[0].rpartition(".")
-    return f"{owner}.{leaf.removeprefix(PACKED)}"
+def _replaced(model: PreTrainedModel) -> dict[str, None]:
+    """The dense parameters that codec layers stand for, in order."""
+    names = (
+        name.rpartition(".")[0] if isinstance(module, CodecExpertGroup) else f"{name}.weight"
+        for name, module in codec_modules(model).items()
+    )
+    return dict.fromkeys(names)
 
 
 def _ignore_guard(model: PreTrainedModel) -> None:
@@ -163,135 +211,26 @@ def _ignore_guard(model: PreTrainedModel) -> None:
     current = model._keys_to_ignore_on_load_unexpected
     container = list if current is None else type(current)
     prefix = model.base_model_prefix + "."
-    names = [
-        _dense_name(name) if isinstance(module, CodecExpertGroup) else f"{name}.weight"
-        for name, module in codec_modules(model).items()
-    ]
-    patterns = [rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in dict.fromkeys(names)]
+    patterns = [rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in _replaced(model)]
     model._keys_to_ignore_on_load_unexpected = container([*(current or ()), *patterns])
 
 
-@cache
-def return_freed_memory() -> None:
-    """Has glibc give freed blocks above 1 MB back at once.
-
-    By default it learns to keep blocks of up to 32 MB, and the temporaries of decoding a model slice by slice then hold
-    hundreds of megabytes that nothing uses.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
-def attach(model: nn.Module, assigned: dict[str, Codec]) -> None:
-    """Puts uninitialised codec layers at the sites of a journal. Works on the meta device.
-
-    A site that the class does not have (the head under `AutoModel`) is skipped; names with and without the base model's
-    prefix are tried.
-
-    Raises:
-        EffllmError: not one of the sites exists.
-    """
-    return_freed_memory()
-    sites = {site.name: site for site in find_sites(model)}
-    prefix = getattr(model, "base_model_prefix", "")
-    found = {}
-    for name, codec in assigned.items():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(prefix + "."))
-        site = next((candidate for candidate in candidates if candidate in sites), None)
-        if site is not None:
-            found[site] = codec
-    if assigned and not found:
-        raise EffllmError(f"none of the journal's sites ({next(iter(assigned))}, ...) is in {type(model).__name__}")
-    device = next(model.parameters()).device
-    for members in by_parameter(sites.values(), found).values():
-        stored = {
-            codec: empty_stored(codec, group[0].shape, device, None if group[0].expert is None else len(group))
-            for codec, group in members.items()
-        }
-        install(model, members, stored)
-
-
-def by_parameter(sites: Iterable[Site], assigned: dict[str, Codec]) -> dict[str, dict[Codec, list[Site]]]:
-    """Name in the state dict -> the codecs of the sites that it holds: one, or one for each group of experts."""
-    found: dict[str, dict[Codec, list[Site]]] = {}
-    for site in sites:
-        if site.name in assigned:
-            found.setdefault(site.parameter, {}).setdefault(assigned[site.name], []).append(site)
-    return found
-
-
-def install(model: nn.Module, members: dict[Codec, list[Site]], stored: dict[Codec, dict[str, Tensor]]) -> None:
-    """Replaces the module of one parameter by `encoded_module`, at every place that is tied to it."""
-    (site, *_), *_ = members.values()
-    owner = site.parameter.rpartition(".")[0]
-    module = encoded_module(model.get_submodule(owner), members, stored)
-    if isinstance(module, CodecModule):
-        replace(model, site, module)
-    else:
-        model.set_submodule(owner, module)
-
-
-def encoded_module(
-    module: nn.Module, members: dict[Codec, list[Site]], stored: dict[Codec, dict[str, Tensor]]
-) -> nn.Module:
-    """`module` with one of its parameters in encoded form; `members` and `stored` as `by_parameter` and `encode` give."""
-    (codec, (site, *_)), *_ = members.items()
-    if site.expert is None:
-        return codec_layer(module, codec, stored[codec])
-    experts = {codec: tuple(cast(int, s.expert) for s in group) for codec, group in members.items()}
-    return codec_experts(module, site.parameter.rpartition(".")[2], experts, stored)
-
-
-def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
-    """Puts `layer` at `site`, and layers that share its tensors at the places tied to it."""
-    model.set_submodule(site.name, layer)
-    for name in site.tied:
-        model.set_submodule(name, codec_layer(model.get_submodule(name), layer.codec, layer.stored(), owner=False))
-        if isinstance(model, PreTrainedModel):
-            parameters = [key for key, tensor in layer.stored().items() if isinstance(tensor, nn.Parameter)]
-            stored = {f"{name}.{key}": f"{site.name}.{key}" for key in parameters}
-            for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-                keys = dict(getattr(model, attribute, None) or {})
-                keys.pop(f"{name}.weight", None)
-                setattr(model, attribute, keys | stored)
-
-
-def mark_compressed(model: nn.Module, assigned: dict[str, Codec], plan: dict[str, Any]) -> None:
+def mark_compressed(model: nn.Module, sites: list[Site], assigned: dict[str, Codec], plan: dict[str, Any]) -> None:
     """Gives a model compressed in memory what `from_pretrained` gives a compressed one, so that it saves alike."""
     if not isinstance(model, PreTrainedModel):
         return
-    config = EffllmConfig(entries(assigned), plan=plan)
+    config = EffllmConfig(entries(assigned), shapes(sites, assigned), plan=plan)
     state = {"hf_quantizer": EffllmQuantizer(config), "is_quantized": True, "quantization_method": "effllm"}
     for name, value in state.items():
         setattr(model, name, value)
     model.config.quantization_config, model.config._is_quantized = config, True
+    model._weight_conversions = []  # type: ignore[assignment]
     _ignore_guard(model)
+    model.add_model_tags("effllm")
 
 
-def decode_all(model: nn.Module) -> nn.Module:
-    """Replaces every codec layer by the dense class it stands for, with its decoded weight; ties stay ties."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, CodecExperts):
-            model.set_submodule(name, dense_experts(module))
-    weights: dict[int, nn.Parameter] = {}
-    for name, layer in codec_modules(model).items():
-        owner = id(next(iter(layer.stored().values())))
-        if owner not in weights:
-            weights[owner] = nn.Parameter(layer.decoded(), requires_grad=False)
-        model.set_submodule(name, layer.dense(weights[owner]))
-        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
-            keys = getattr(model, attribute, None) or {}
-            renamed = {}
-            for target, source in keys.items():
-                if target.startswith(name + "."):
-                    target = _as_weight(target, name, layer)
-                    source = _as_weight(source, source.rpartition(".")[0], layer)
-                renamed[target] = source
-            setattr(model, attribute, renamed)
-    return model
-
-
-def _as_weight(key: str, owner: str, layer: CodecModule) -> str:
-    """`owner.codes` (or another stored tensor) as `owner.weight`; other names as they are."""
-    return f"{owner}.weight" if key.removeprefix(owner + ".") in layer.stored_names else key
+def _source(model: PreTrainedModel) -> dict[str, Any]:
+    """`source` of a model compressed in memory: the hub id, or the name of the folder, that it was loaded from."""
+    path = str(model.config.name_or_path or "")
+    name = Path(path).name if Path(path).is_dir() else path
+    return {"model": name} if name else {}

@@ -11,12 +11,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from effllm.errors import EffllmError, UsageError
 from effllm.method import Codec, from_spec
+from effllm.site import Site
 
 Entries = list[dict[str, Any]]
 ENTRY = {"method": str, "settings": dict, "sites": list}
@@ -40,6 +41,18 @@ def entries(codecs: dict[str, Codec]) -> Entries:
         {"method": codec.name(), "settings": codec.settings(), "sites": _fold(sites)}
         for codec, sites in grouped.items()
     ]
+
+
+def shapes(sites: Iterable[Site], assigned: dict[str, Codec]) -> Entries:
+    """`[rows, columns]` of every compressed matrix: each distinct shape once, with patterns as in `entries`.
+
+    effllm knows them from the model's class; a reader without it needs them, for rows are padded to whole bytes.
+    """
+    grouped: dict[tuple[int, int], list[str]] = {}
+    for site in sites:
+        if site.name in assigned:
+            grouped.setdefault(site.shape, []).append(site.name)
+    return [{"shape": list(shape), "sites": _fold(names)} for shape, names in grouped.items()]
 
 
 def codecs(journal: Entries) -> dict[str, Codec]:

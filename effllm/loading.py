@@ -10,21 +10,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, resolve
+from effllm.checksum import verify as verify_checksums
 from effllm.errors import EffllmError
 from effllm.skeleton import quiet, skeleton, stored_dtype
 
 
-def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(model: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
     """Loads a compressed (or plain) model folder in the class that its config names, and checks that it computes.
 
     Args:
         model: a folder, `demo`, an alias or a hub id.
+        verify: read every stored tensor once and compare it with its checksum, where the folder carries them.
         kwargs: passed on to `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
         EffllmError: the folder is damaged or incomplete, or a layer gives values that are not finite.
     """
     checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
+    checksums = (checkpoint.config.get("quantization_config") or {}).get("checksums")
+    if verify and checksums is not None:
+        verify_checksums(checkpoint, checksums)
     described = skeleton(checkpoint.config, stored_dtype(checkpoint))
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quiet():

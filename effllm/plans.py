@@ -96,7 +96,7 @@ class Plan(_Strict):
         """Site name -> codec. `ranks` holds the importance of every block for each of `scores()`.
 
         Raises:
-            UsageError: a glob, or the whole plan, matches no site.
+            UsageError: a glob, or the whole plan, matches no site; a block that an ordering needs has no rank.
         """
         assigned: dict[str, Codec] = {}
         for step, members in self._members(sites):
@@ -105,7 +105,15 @@ class Plan(_Strict):
                 continue
             assert step.order is not None and step.high is not None and step.low is not None
             rank = ranks[step.order]
-            blocks = sorted({s.block for s in members if s.block}, key=lambda block: (-rank[block], block))
+            found = {site.block for site in members if site.block}
+            unseen = sorted(found - rank.keys())
+            if unseen:
+                raise UsageError(
+                    f"plan {self.name}: the calibration data never reach {unseen[0]} ({len(unseen)} blocks in all), so "
+                    f"{step.order.label()} cannot rank them: give data that do, --exclude "
+                    f"'{unseen[0].rpartition('.')[0]}.*', or use a score without data (--score zd)"
+                )
+            blocks = sorted(found, key=lambda block: (-rank[block], block))
             important = set(blocks[: step.high_blocks(len(blocks))])
             assigned |= {site.name: step.high if site.block in important else step.low for site in members}
         return {site.name: assigned[site.name] for site in sites if site.name in assigned}
@@ -117,6 +125,11 @@ class Plan(_Strict):
             choice = (step.use,) if step.use is not None else (step.high, step.low)
             found |= {site.name: choice for site in members}  # type: ignore[misc]
         return {site.name: found[site.name] for site in sites if site.name in found}
+
+    def idle(self, sites: list[Site]) -> list[str]:
+        """The steps that have nothing to act on in this model, as `step 2 (embeddings, head)`."""
+        steps = enumerate(self._members(sites), start=1)
+        return [f"step {number} ({', '.join(step.sites)})" for number, (step, members) in steps if not members]
 
     def _members(self, sites: list[Site]) -> list[tuple[Step, list[Site]]]:
         excluded = {site.name for pattern in self.exclude for site in select([pattern], sites)}

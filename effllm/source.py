@@ -22,7 +22,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
@@ -233,10 +232,6 @@ class StoredModel(Source):
             raise EffllmError(self._misfit(*mismatched[0]))
         for module in {name.rpartition(".")[0] for name in expected}:
             self.model.get_submodule(module)._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
-
-    def on_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` of the unit loaded last under the names that `save_pretrained` would write."""
-        return revert_weight_conversion(self.model, tensors)  # type: ignore[no-any-return]
 
     def raw(self, key: str) -> Tensor:
         """One tensor of the checkpoint exactly as it is stored."""

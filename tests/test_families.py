@@ -105,6 +105,11 @@ for line in open({str(tmp_path / "cases")!r}):
     assert not differing
 
 
+def test_the_documentation_names_every_family():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert not [family for family in FAMILIES if f"`{family}`" not in page]
+
+
 def test_a_plain_module_is_compressed_in_place(tmp_path):
     model = FAMILIES["plain module"]()
     inputs = inputs_of(model)
@@ -143,7 +148,7 @@ def test_experts_of_one_layer_may_differ(family, tmp_path):
     effllm.compress_folder(tmp_path / "original", tmp_path / "out", plan)
     loaded = effllm.load(tmp_path / "out")
     assert torch.equal(outputs_of(loaded, inputs), expected)
-    names = [key for key in read_tensors(tmp_path / "out") if "layers.0" in key and "packed_gate_up_proj" in key]
+    names = [key for key in read_tensors(tmp_path / "out") if "layers.0" in key and "gate_up_proj" in key]
     assert len([key for key in names if key.endswith("codes")]) == 2 and any(key.endswith("1.dense") for key in names)
 
 

@@ -1,6 +1,6 @@
-"""Peak memory at full width: compressing Llama-7B-shaped checkpoints, and loading what comes out.
+"""Peak memory at full width: compressing Llama-7B-, Whisper- and ViT-shaped checkpoints, and loading what comes out.
 
-pytest tests/test_large.py -m slow            # makes and deletes checkpoints of 2.1 and 5.4 GB
+pytest tests/test_large.py -m slow            # makes and deletes checkpoints of 2.1 and 5.4 GB, and of 1 GB
 EFFLLM_REAL_MODEL=FOLDER pytest tests/test_large.py -m real_model
 """
 
@@ -107,6 +107,45 @@ def assert_loads_lean(folder: Path) -> None:
 @pytest.mark.slow
 def test_reload_of_a_large_model_is_lean(compressed):
     assert_loads_lean(compressed[4].folder)
+
+
+MAKE = """
+import sys, torch, transformers
+cls, config, layers, folder = sys.argv[1], eval(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+names = ("num_hidden_layers",) if "hidden_size" in config else ("encoder_layers", "decoder_layers")
+config = getattr(transformers, cls.partition("For")[0] + "Config")(**config, **dict.fromkeys(names, layers))
+torch.manual_seed(0)
+getattr(transformers, cls)._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+"""
+WIDE = {
+    "WhisperForConditionalGeneration": (
+        {"d_model": 1280, "encoder_ffn_dim": 5120, "decoder_ffn_dim": 5120, "encoder_attention_heads": 20,
+         "decoder_attention_heads": 20, "vocab_size": 51865, "num_mel_bins": 80}, 10,
+    ),
+    "ViTForImageClassification": (
+        {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "patch_size": 14}, 26,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", WIDE)
+def test_speech_and_vision_models_of_1_gb_stream_in_the_memory_of_a_block(cls, tmp_path):
+    config, layers = WIDE[cls]
+    peaks = {}
+    for depth in (2, layers):
+        source = tmp_path / f"source-{depth}"
+        measured(sys.executable, "-c", MAKE, cls, repr(config), str(depth), source)
+        stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        run = effllm(
+            "compress", source, "--plan", "layerwise-4bit", "--score", "zd", "--out", tmp_path / "out", "--json"
+        )
+        peaks[depth] = run["peak"]
+        sys.stderr.write(f"{cls}, {depth} layers, {stored / 1e9:.2f} GB: peak {run['peak'] / 1e6:.0f} MB\n")
+        shutil.rmtree(source)
+        shutil.rmtree(tmp_path / "out")
+    assert stored > 1e9
+    assert peaks[layers] <= 1.1 * peaks[2]
 
 
 @pytest.mark.real_model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from effllm.errors import EffllmError
 from effllm.layers.base import CodecModule as CodecModule
 from effllm.layers.conv import CodecConv1d, CodecConv2d, CodecConv3d
 from effllm.layers.embedding import CodecEmbedding as CodecEmbedding
@@ -59,7 +60,16 @@ def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owne
     """`module` with its weight held as `stored`; biases, buffers and other attributes are shared with `module`.
 
     Where another layer is the `owner` of the stored tensors, this one uses the very same, and saves none of its own.
+
+    Raises:
+        EffllmError: the module has an attribute with the name of a stored tensor.
     """
+    taken = [name for name in stored if hasattr(module, name)]
+    if taken:
+        raise EffllmError(
+            f"{type(module).__name__} has an attribute {taken[0]!r} of its own, which {codec.name()} stores a tensor as; "
+            "--exclude the layer, or choose another method for it"
+        )
     state = {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
     state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     del state["_parameters"]["weight"]

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from effllm.layers.base import CodecModule
 from effllm.method import Codec
 
-PACKED = "packed_"
-
 
 class CodecExpertGroup(CodecModule):
     """Experts that share a codec: every stored tensor has one more dimension in front, the experts."""
@@ -85,16 +83,9 @@ class CodecExpertWeights(nn.Module):
 
 
 class CodecExperts(nn.Module):
-    """Mixed into an experts class: its forward that loops over the experts, whatever implementation the config names.
-
-    A parameter `p` that is encoded is the submodule `packed_p`: transformers rewrites names that begin with `experts.p`.
-    """
+    """Mixed into an experts class: its forward that loops over the experts, whatever implementation the config names."""
 
     replaced_class: type[nn.Module]
-
-    def __getattr__(self, name: str) -> Any:
-        packed = self.__dict__["_modules"].get(PACKED + name)
-        return super().__getattr__(name) if packed is None else packed
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, cast(Any, self.replaced_class.forward).__wrapped__(self, *args, **kwargs))
@@ -139,7 +130,7 @@ def codec_experts(module: nn.Module, parameter: str, groups: Mapping[Codec, tupl
     base = module.replaced_class if isinstance(module, CodecExperts) else type(module)
     experts_module = _rebuild(base, state)
     members.sort(key=lambda group: group.experts[0])
-    experts_module.add_module(PACKED + parameter, CodecExpertWeights(members, transposed, weight.dtype))
+    experts_module.add_module(parameter, CodecExpertWeights(members, transposed, weight.dtype))
     return experts_module
 
 
@@ -152,5 +143,5 @@ def dense_experts(module: CodecExperts) -> nn.Module:
     for name, weights in module._modules.items():
         if isinstance(weights, CodecExpertWeights):
             del plain._modules[name]
-            plain._parameters[name.removeprefix(PACKED)] = nn.Parameter(weights.decoded(), requires_grad=False)
+            plain._parameters[name] = nn.Parameter(weights.decoded(), requires_grad=False)
     return plain

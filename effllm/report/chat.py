@@ -29,7 +29,8 @@ def talk(
     torch.manual_seed(seed)
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder)
-    loaded: Any = load(folder, device_map=device, **({} if dtype is None else {"dtype": dtype}))
+    settings: dict[str, Any] = {"device_map": device} | ({} if dtype is None else {"dtype": dtype})
+    loaded: Any = load(folder, **settings)
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature else {})
     messages: list[dict[str, Any]] = []
     while True:

@@ -16,6 +16,7 @@ from effllm.checkpoint import Checkpoint, aliases, resolve
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
+from effllm.report.remarks import remarks
 from effllm.site import Site, find_sites, unchanged
 from effllm.skeleton import model_class, skeleton
 from effllm.source import StoredModel
@@ -55,6 +56,8 @@ class DryRun:
     seconds: float
     unchanged: list[tuple[str, float, str]]
     """Weights above 1 % of the model's bytes that no codec touches, with their share and the reason."""
+    remarks: list[str]
+    """The same in words, with steps that have nothing to act on and batch norms that are not refitted."""
     unloaded: list[str] = field(default_factory=list)
     """Tensors of the checkpoint that the class does not load; kept byte for byte."""
 
@@ -104,8 +107,9 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
     plain = {site.name: site.size * dtype.itemsize for site in sites}
     chosen = _expected_bytes(wanted, sites, options, plain)
     outside = original - sum(plain.values())
-    tensors = sum(len(options[s.name][0].layout(s.shape)) if s.name in options else 1 for s in sites)
-    others = len(state) - len(sites)
+    stored = {(site.parameter, options.get(site.name), site.shape) for site in sites}
+    tensors = sum(len(choice[0].layout(shape)) if choice else 1 for _, choice, shape in stored)
+    others = len(state) - len({site.parameter for site in sites})
     excluded = {site.name for site in select(wanted.exclude, sites)}
     counted = [site for site in sites if site.name not in excluded]
     weights_bytes = outside + sum(chosen.values()) + extra
@@ -122,6 +126,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
         working_memory_bytes=working_memory(model, sites, wanted, dtype),
         seconds=_estimate_seconds(sites, options, wanted, dtype),
         unchanged=unchanged(model, options),
+        remarks=remarks(model, sites, wanted, options),
         unloaded=unloaded,
     )
 

@@ -1,0 +1,21 @@
+"""What a plan leaves undone in a model: said by the dry run and by compression alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from effllm.plans import Plan
+from effllm.site import Site, norms_with_statistics, unchanged
+
+
+def remarks(model: nn.Module, sites: list[Site], plan: Plan, assigned: Collection[str]) -> list[str]:
+    """Steps with nothing to act on, large weights that stay, and statistics that no longer fit the weights."""
+    lines = [f"plan {plan.name}: {step} has nothing to act on in this model" for step in plan.idle(sites)]
+    for name, share, why in unchanged(model, assigned):
+        lines.append(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
+    norms = norms_with_statistics(model)
+    if norms:
+        lines.append(f"the running statistics of {norms} batch norms are not refitted: they are those of the original")
+    return lines

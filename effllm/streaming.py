@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -27,16 +28,20 @@ from transformers import PreTrainedModel
 import effllm
 from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
-from effllm.data.text import load_tokenizer, text_identity
+from effllm.checksum import checksum, to_text
+from effllm.data.inputs import folder_batches, refuse_default
+from effllm.data.text import text_identity
 from effllm.errors import EffllmError
-from effllm.journal import RunJournal, entries, file_digest
-from effllm.measure.evaluate import evaluate
+from effllm.journal import RunJournal, entries, file_digest, shapes
+from effllm.layers.placing import by_parameter, encode, encoded_module, refuse_nonfinite, return_freed_memory
+from effllm.measure.evaluate import evaluate, has_held_out
+from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
-from effllm.pipeline import calibration_batches, encode, refuse_nonfinite, report_unchanged
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
+from effllm.report.remarks import remarks
 from effllm.site import Site
 from effllm.source import Source, StoredModel
 
@@ -103,6 +108,7 @@ def compress_folder(
             something else, a weight with NaN or inf.
     """
     torch.manual_seed(seed)
+    return_freed_memory()
     began = time.monotonic()
     checkpoint = Checkpoint.open(resolve(source, revision))
     wanted = load_plan(plan)
@@ -110,6 +116,7 @@ def compress_folder(
     target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
     run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads())
     stored = StoredModel(checkpoint, dtype, device)
+    refuse_default(wanted, stored.model)
     needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
     if max_memory is not None and needed > max_memory:
         raise EffllmError(
@@ -125,7 +132,8 @@ def compress_folder(
     other_files(checkpoint.folder)
     kept = sum(checkpoint.tensors[name].nbytes for name in stored.unloaded)
     _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)) + kept)
-    measure = wanted.needs_data and _fits(checkpoint) if check is None else check
+    measure = wanted.needs_data if check is None else check
+    measure = measure and has_held_out(stored.model, target) and (bool(check) or _fits(checkpoint))
     try:
         with _explain_full_disk(run):
             result = _carry_out(run, stored, key, measure, overwrite, began)
@@ -143,16 +151,18 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
         return _result(run, began, None, "finished by another process")
     try:
         assigned = _choose(run, source, journal)
-        report_unchanged(source.model, assigned)
+        for line in remarks(source.model, source.sites, run.plan, assigned):
+            logger.warning(line)
         for name in source.unloaded:
             logger.warning("not loaded by the class, kept byte for byte: %s", name)
-        files = _rewrite(run, source, assigned, journal)
+        shards = _rewrite(run, source, assigned, journal)
     except EffllmError:
         journal.discard()
         raise
     with journal.claim("finish"):
-        _write_index(run, files)
-        _write_config(run, source, assigned, key)
+        _write_index(run, [run.partial / shard["file"] for shard in shards])
+        checksums = to_text(number for shard in shards for number in shard["checksums"])
+        _write_config(run, source, assigned, key, checksums)
         for name, file in other_files(run.checkpoint.folder).items():
             shutil.copyfile(file, run.partial / name)
         measured = evaluate(run.partial, baseline=run.checkpoint.folder) if measure else None
@@ -182,8 +192,8 @@ def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtyp
         blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * dtype.itemsize
     settings, hidden = wanted.calibration, 0
     if wanted.needs_data:
-        width = getattr(model.config.get_text_config(), "hidden_size", 0)
-        hidden = settings.samples * settings.sequence_length * width * dtype.itemsize
+        hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
+        hidden *= settings.samples * dtype.itemsize
     return 2 * max(blocks.values(), default=0) + hidden
 
 
@@ -245,7 +255,7 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
             line = journal.find("score", score.label())
             if line is None:
                 settings, folder = run.plan.calibration, run.checkpoint.folder
-                batches = calibration_batches(settings, load_tokenizer(folder)) if score.needs_data else []
+                batches = folder_batches(settings, source.model, folder) if score.needs_data else []
                 values = score.score(source, batches)
                 journal.add("score", score.label(), values=values)
             else:
@@ -254,21 +264,23 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
     return run.plan.assign(source.sites, ranks)
 
 
-def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[Path]:
-    """Writes one shard a unit, skipping those that are done; returns all of them in order once every one stands."""
+def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[dict[str, Any]]:
+    """Writes one shard a unit, skipping those that are done; returns the journal's lines once every one stands."""
     units = [*source.units, *(["extra"] if source.unloaded else [])]
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
     waiting = False
     while True:
-        pending = [unit for unit in units if journal.find("unit", unit) is None]
+        done = {unit: line for unit in units if (line := journal.find("unit", unit)) is not None}
+        pending = [unit for unit in units if unit not in done]
         if not pending:
-            return [run.partial / files[unit] for unit in units]
+            return [done[unit] for unit in units]
         for unit in track(pending, "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
                     tensors = _extra(source) if unit == "extra" else _encode_unit(source, unit, assigned)
                     digest = _write(run.partial / files[unit], tensors)
-                    journal.add("unit", unit, file=files[unit], sha256=digest)
+                    checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
+                    journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)
         waiting = True
 
 
@@ -278,9 +290,9 @@ def _extra(source: StoredModel) -> dict[str, Tensor]:
 
 
 def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
-    """Everything that the output stores of one unit, under the names on disk."""
+    """Everything that the output stores of one unit, by module path."""
     tensors: dict[str, Tensor] = {}
-    members = hf.by_parameter(source.sites, assigned)
+    members = by_parameter(source.sites, assigned)
     dense = source.model.state_dict().keys()
     with source.resident(unit):
         for name in source.units[unit]:
@@ -288,17 +300,15 @@ def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> 
             module = source.model.get_submodule(owner)
             if name in members:
                 stored = encode(source.model, members[name])
-                layer = hf.encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
+                layer = encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
                 tensors |= {key: tensor for key, tensor in layer.items() if key not in dense}
             else:
                 tensors[name] = getattr(module, leaf)
                 if isinstance(tensors[name], nn.Parameter):
                     refuse_nonfinite(name, tensors[name])
-        guarded = min((site for site in source.sites if site.name in assigned), key=lambda s: s.expert is not None)
-        if guarded.parameter in source.units[unit]:
-            experts = None if guarded.expert is None else source.model.state_dict()[guarded.parameter].shape
-            tensors |= hf.guard_tensor(source.model, guarded.parameter, experts)
-        return source.on_disk({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        if (guard := hf.guarded(source.model, list(members))) in source.units[unit]:
+            tensors[str(guard)] = torch.zeros(1, dtype=torch.uint8)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> str:
@@ -339,13 +349,15 @@ def _write_index(run: Run, files: list[Path]) -> None:
     )
 
 
-def _write_config(run: Run, source: StoredModel, assigned: dict[str, Codec], key: str) -> None:
+def _write_config(run: Run, source: StoredModel, assigned: dict[str, Codec], key: str, checksums: str) -> None:
     config = {k: v for k, v in run.checkpoint.config.items() if k not in ("torch_dtype", "auto_map")}
     config["dtype"] = str(source.dtype).removeprefix("torch.")
     quantization = hf.EffllmConfig(
         entries(assigned),
+        shapes(source.sites, assigned),
         plan=run.plan.model_dump(mode="json", exclude_defaults=True),
         source={"model": run.name, "key": key},
+        checksums=checksums,
     )
     _write_json(run.partial / "config.json", {**config, "quantization_config": quantization.to_dict()})
 

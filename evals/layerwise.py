@@ -42,8 +42,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 import effllm
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.data.text import EVALUATION_TEXT, token_windows
-from effllm.hf import codec_modules
 from effllm.journal import RunJournal
+from effllm.layers.placing import codec_modules
 from effllm.measure.evaluate import Comparison, compare, standard_error
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec

@@ -78,8 +78,9 @@ def _split_weight(source: str) -> tuple[str, float]:
 def text_identity(source: str) -> list[Any]:
     """What tells a changed text from an unchanged one: name, size and modification time of every file of `source`."""
     path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(_split_weight(source)[0])
-    members = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in members]
+    members = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in members]
+    facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in zip(names, members, strict=True)]
     return [source, *(facts if source != "default" else facts[0][:2])]
 
 
@@ -150,9 +151,21 @@ def _document(row: Any, where: str) -> Document:
 
 
 def _dataset_documents(source: str) -> Iterator[Document]:
-    name, config, split, column = (source.split(":") + [""] * 3)[:4]
-    if source.startswith((".", "/")) or name.endswith((".txt", ".json", ".jsonl")):
+    if source.startswith((".", "/")) or source.partition(":")[0].endswith((".txt", ".json", ".jsonl")):
         raise UsageError(f"no text file or folder {source!r}")
+    rows, column = load_dataset(source, streaming=True)
+    import datasets
+
+    try:
+        for row in rows:
+            yield _document({"text": row[column]} if column else row, source)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(source, error) from None
+
+
+def load_dataset(source: str, streaming: bool) -> tuple[Any, str]:
+    """The rows of a `datasets` id written as `id:config:split:column`, and the column ("" where none is named)."""
+    name, config, split, column = (source.split(":") + [""] * 3)[:4]
     try:
         import datasets
     except ImportError:
@@ -160,8 +173,10 @@ def _dataset_documents(source: str) -> Iterator[Document]:
             f"{source!r} is no file or folder; to read it as a datasets id: pip install 'effllm[datasets]'"
         ) from None
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield _document({"text": row[column]} if column else row, source)
+        return datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming), column
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise EffllmError(f"cannot read dataset {source!r}: {str(error).splitlines()[0]}") from None
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str, error: Exception) -> EffllmError:
+    return EffllmError(f"cannot read dataset {source!r}: {str(error).splitlines()[0]}")

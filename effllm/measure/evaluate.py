@@ -1,8 +1,9 @@
-"""Accuracy on held-out text: perplexity, and how far a model is from its original."""
+"""Accuracy on held-out data, and how far a model is from its original: text here, images in `measure.images`."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -14,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from effllm.checkpoint import resolve
+from effllm.checkpoint import read_config, resolve
+from effllm.data.inputs import Modality, modality
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
-from effllm.errors import EffllmError
+from effllm.errors import EffllmError, UsageError
 from effllm.loading import load
-from effllm.measure.result import Result, describe_run
+from effllm.measure.images import compare_images, held_out
+from effllm.measure.result import Result, describe_run, standard_error
 from effllm.report.progress import track
+from effllm.skeleton import load_config, model_class
 
+WINDOWS = 32  # of text, where the caller names no number
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,11 +61,6 @@ class Comparison:
                 "top1_agreement_tokens": self.tokens,
             }
         return found
-
-
-def standard_error(values: Tensor) -> float:
-    """Standard error of the mean of per-window values `[windows]`; 0 for a single window."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 @torch.no_grad()
@@ -96,63 +97,106 @@ def _window(logits: Tensor, targets: Tensor, reference: Tensor | None) -> list[f
     return (sums / len(targets)).tolist()  # type: ignore[no-any-return]
 
 
+def measured_on(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Modality | None:
+    """What `evaluate` measures a class on: `text` a decoder of text, `images` an image classifier, None any other."""
+    kind = modality(cls)
+    if kind == "text":
+        return kind if cls.can_generate() and not config.is_encoder_decoder else None
+    return kind if kind == "images" and "ForImageClassification" in cls.__name__ else None
+
+
+def has_held_out(model: PreTrainedModel, out: Path) -> bool:
+    """Whether the package holds data that no plan has seen to measure `model` on; says so where it does not."""
+    kind = measured_on(type(model), model.config)
+    if kind == "images":
+        logger.warning(
+            "not measured: that takes labelled images that the plan has not seen; effllm eval %s --images SOURCE", out
+        )
+    elif kind is None:
+        logger.warning("not measured: %s is neither a decoder of text nor an image classifier", type(model).__name__)
+    return kind == "text"
+
+
 def evaluate(
     model: str | Path,
     baseline: str | Path | None = None,
     text: list[str] | None = None,
-    samples: int | None = 32,
+    samples: int | None = None,
     sequence_length: int = 512,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    images: list[str] | None = None,
 ) -> Result:
-    """Measures a model folder: perplexity, KL and top-1 agreement with `baseline`, bytes, peak memory and speed.
+    """Measures a model folder: perplexity or accuracy, KL and top-1 agreement with `baseline`, bytes, memory and speed.
 
     Args:
         model: a folder (compressed or plain), `demo`, an alias or a hub id.
         baseline: the original to compare with; by default `demo`, where the folder was made from it.
         text: sources as in `token_windows`; `default` is the held-out slice in the package.
-        samples: windows of text; None for all.
+        samples: windows of text (32), or images (all).
         sequence_length: tokens a window.
         device: where to compute.
         dtype: dtype of the arithmetic; the checkpoints' own by default.
         revision: hub revision of `model`.
+        images: sources as in `labelled_batches`, for an image classifier.
 
     Raises:
-        EffllmError: the tokenizers of model and baseline differ, or see `effllm.load`.
+        UsageError: the model's class cannot be measured, or not on what was given.
+        EffllmError: the tokenizers or classes of model and baseline differ, or see `effllm.load`.
     """
     began = time.monotonic()
     folder = resolve(model, revision)
+    kind = _checked_kind(folder, text, images)
     facts = describe_run(folder, model=str(model), base_model=None, seconds=0.0)
     name = baseline or (facts["base_model"] if facts["base_model"] == "demo" else None)
-    sources = text or ["default"]
-    tokenizer = load_tokenizer(folder)
-    windows = token_windows(tokenizer, sources, samples, sequence_length, default=EVALUATION_TEXT)
+    other = resolve(name) if name is not None else None
     settings: dict[str, Any] = {"device_map": device} | ({} if dtype is None else {"dtype": dtype})
-    running = measure_run(folder, device)
-    reference = None
-    if name is not None:
-        reference_folder = resolve(name)
-        if load_tokenizer(reference_folder).get_vocab() != tokenizer.get_vocab():
+    if kind == "images":
+        batches, shape = held_out(folder, other, images or [], samples)
+        running = measure_run(folder, device, ["--image", *map(str, shape)])
+        reference = load(other, **settings) if other is not None else None
+        figures = compare_images(load(folder, **settings), batches, reference).figures() | {"images": images}
+    else:
+        sources = text or ["default"]
+        tokenizer = load_tokenizer(folder)
+        windows = token_windows(tokenizer, sources, samples or WINDOWS, sequence_length, default=EVALUATION_TEXT)
+        if other is not None and load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
             raise EffllmError(f"{name} and {model} have different tokenizers; name the model it was compressed from")
-        reference = load(reference_folder, **settings)
-    comparison = compare(load(folder, **settings), windows, reference)
+        running = measure_run(folder, device)
+        reference = load(other, **settings) if other is not None else None
+        figures = compare(load(folder, **settings), windows, reference).figures()
+        figures |= {"text": sources, "sequence_length": sequence_length}
     return Result.model_validate(
         {
             **facts,
-            **comparison.figures(),
+            **figures,
             **running,
             "command": "eval",
             "baseline": str(name) if name is not None else None,
-            "text": sources,
-            "sequence_length": sequence_length,
             "seconds": time.monotonic() - began,
         }
     )
 
 
+def _checked_kind(folder: Path, text: list[str] | None, images: list[str] | None) -> Modality:
+    """What the model in `folder` is measured on, after checking that the caller gave that."""
+    config = read_config(folder)
+    cls = model_class(config)
+    kind = measured_on(cls, load_config(config))
+    if kind is None:
+        raise UsageError(f"{folder} holds a {cls.__name__}; eval measures decoders of text and image classifiers")
+    if kind == "images" and (text or not images):
+        raise UsageError(
+            f"{folder} holds a {cls.__name__}, an image classifier: --images SOURCE of labelled images, no --text"
+        )
+    if kind == "text" and images:
+        raise UsageError(f"{folder} holds a {cls.__name__}, which takes text: --text, no --images")
+    return kind
+
+
 def measure_run(folder: Path, device: str = "cpu", extra: Iterable[str] = ()) -> dict[str, Any]:
-    """Peak memory and decode speed of a fresh process that loads the model and generates (see `measure.run`)."""
+    """Peak memory and speed of a fresh process that loads the model and runs it (see `measure.run`)."""
     command = [sys.executable, "-m", "effllm.measure.run", str(folder), "--device", device, *extra]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

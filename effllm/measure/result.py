@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from effllm.checkpoint import Checkpoint
 from effllm.hf import EffllmConfig
@@ -23,7 +25,7 @@ from effllm.skeleton import skeleton, stored_dtype
 
 
 class Result(BaseModel):
-    """One measured run. A figure that was not measured is null; `*_stderr` and `*_tokens` are its error and count."""
+    """One measured run. A figure that was not measured is null; `*_stderr` is its error, `*_tokens` or `_images` a count."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = 1
@@ -34,7 +36,7 @@ class Result(BaseModel):
     """SHA-256 over the bytes of the weight files."""
     base_model: str | None = None
     baseline: str | None = None
-    """The model that `kl`, `top1_agreement` and `baseline_perplexity` compare with."""
+    """The model that `kl`, `top1_agreement` and the `baseline_*` figures compare with."""
     plan: dict[str, Any] = {}
     stored_bytes: int
     """Bytes of all weight files on disk, headers included."""
@@ -46,18 +48,31 @@ class Result(BaseModel):
     perplexity_stderr: float | None = None
     perplexity_tokens: int | None = None
     baseline_perplexity: float | None = None
+    images: list[str] = []
+    accuracy: float | None = None
+    """Share of images whose class the model ranks first."""
+    accuracy_stderr: float | None = None
+    accuracy_images: int | None = None
+    """Images measured, of `kl` and `top1_agreement` too."""
+    baseline_accuracy: float | None = None
+    accuracy_change: float | None = None
+    """Accuracy minus the baseline's; its error is over images, paired."""
+    accuracy_change_stderr: float | None = None
     kl: float | None = None
-    """KL divergence from the baseline's next-token distribution to the model's, nats per token."""
+    """KL divergence from the baseline's next-token (class) distribution to the model's, nats per token (image)."""
     kl_stderr: float | None = None
     kl_tokens: int | None = None
     top1_agreement: float | None = None
-    """Share of tokens at which model and baseline rank the same token first."""
+    """Share of tokens (images) at which model and baseline rank the same token (class) first."""
     top1_agreement_stderr: float | None = None
     top1_agreement_tokens: int | None = None
     peak_memory_bytes: int | None = None
-    """Peak resident memory of a fresh process that loads the model and generates."""
+    """Peak resident memory of a fresh process that loads the model and generates, or classifies images."""
     tokens_per_second: float | None = None
     tokens_per_second_tokens: int | None = None
+    images_per_second: float | None = None
+    """One image at a time, in that process."""
+    images_per_second_images: int | None = None
     seconds: float | None = None
     """Wall clock of the command."""
     process_peak_memory_bytes: int | None = None
@@ -65,6 +80,27 @@ class Result(BaseModel):
     machine: dict[str, Any]
     versions: dict[str, str]
     seed: int = 0
+
+    def figures(self) -> list[tuple[str, float, float | None, str]]:
+        """What was measured of the model's quality, as it is shown: label, value, standard error, over how much."""
+        unit = "token" if self.accuracy is None else "image"
+        tokens, images = f"{self.perplexity_tokens} tokens", f"{self.accuracy_images} images"
+        over = tokens if self.accuracy is None else images
+        rows = [
+            ("accuracy", self.accuracy, self.accuracy_stderr, images),
+            ("accuracy of the original", self.baseline_accuracy, None, images),
+            ("change of accuracy", self.accuracy_change, self.accuracy_change_stderr, images),
+            (f"KL to the original, nats per {unit}", self.kl, self.kl_stderr, over),
+            ("perplexity", self.perplexity, self.perplexity_stderr, tokens),
+            ("perplexity of the original", self.baseline_perplexity, None, tokens),
+            ("top-1 agreement with the original", self.top1_agreement, self.top1_agreement_stderr, over),
+        ]
+        return [(label, value, error, over) for label, value, error, over in rows if value is not None]
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of `values` `[n]`, one a window or image; 0 for a single one."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def schema() -> str:

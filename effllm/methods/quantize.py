@@ -1,7 +1,8 @@
-"""Uniform quantization, per group along the input dimension."""
+"""Uniform quantization: per group along the input dimension, per output channel, or per matrix."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -29,6 +30,8 @@ class Quantize(Codec):
     group has its zero point fixed at 2**(bits - 1) and a signed scale, so that the weight of largest magnitude is exactly
     representable. Where `group_size` does not divide the row, the last group is shorter; rows are padded to whole bytes.
 
+    `group_size: row` makes one group of each row (an output channel), `tensor` one of the whole matrix, stored as one row.
+
     `range: search` shrinks the range of each group to the share, of 12 between 0.45 and 1, with the least squared error.
 
     Bits per weight: bits + (16 + bits) / group_size, or bits + 16 / group_size when symmetric.
@@ -39,42 +42,47 @@ class Quantize(Codec):
 
     paper: ClassVar[str] = "arXiv 1806.08342"
     bits: Annotated[int, Field(ge=2, le=8, description="width of a code, 2 to 8")] = 4
-    group_size: Annotated[int, Field(ge=8)] | Literal["row"] = 64
+    group_size: Annotated[int, Field(ge=8)] | Literal["row", "tensor"] = 64
     symmetric: bool = False
     range: Literal["minmax", "search"] = "search"
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
-        return [cls(bits=b, group_size=g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128) if site.shape[1] >= g]
+        fitting: list[int | Literal["row"]] = [size for size in (32, 64, 128) if site.shape[1] >= size]
+        return [cls(bits=bits, group_size=size) for bits in (2, 3, 4, 5, 6, 8) for size in fitting or ["row"]]
 
     def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+        if self.group_size == "tensor":
+            weight = weight.reshape(1, -1)
         step = len(weight) if weight.is_meta else max(1, ENCODE_CHUNK // weight.shape[1])
         chunks = [self._encode_rows(rows) for rows in weight.split(step)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        rows, columns = shape
+        rows, columns = (1, math.prod(shape)) if self.group_size == "tensor" else shape
         size, groups = self._groups(columns)
         codes = F.pad(unpack(data["codes"], self.bits, columns), (0, groups * size - columns))
         codes = codes.reshape(rows, groups, size).float()
         zero: float | Tensor = 2 ** (self.bits - 1)
         if not self.symmetric:
             zero = unpack(data["zero"], self.bits, groups).unsqueeze(-1).float()
-        return codes.sub_(zero).mul_(data["scale"].unsqueeze(-1)).view(rows, -1)[:, :columns]
+        return codes.sub_(zero).mul_(data["scale"].unsqueeze(-1)).view(rows, -1)[:, :columns].reshape(shape)
 
     def decode_rows(self, data: dict[str, Tensor], index: Tensor | slice, shape: tuple[int, int]) -> Tensor:
+        if self.group_size == "tensor":
+            return self.decode(data, shape)[index]
         rows = {name: tensor[index] for name, tensor in data.items()}
         return self.decode(rows, (len(rows["codes"]), shape[1]))
 
     def linear(self, x: Tensor, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.group_size == "tensor":
             return super().linear(x, data, shape)
         step = max(1, CHUNK // shape[1])
         slices = [slice(start, start + step) for start in range(0, shape[0], step)]
         return torch.cat([F.linear(x, self.decode_rows(data, s, shape).to(x.dtype)) for s in slices], dim=-1)
 
     def _groups(self, columns: int) -> tuple[int, int]:
-        size = columns if self.group_size == "row" else min(self.group_size, columns)
+        size = columns if isinstance(self.group_size, str) else min(self.group_size, columns)
         return size, -(-columns // size)
 
     def _encode_rows(self, weight: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from effllm.checkpoint import INDEX
+from effllm.checkpoint import INDEX, aliases
 from effllm.errors import EffllmError
 from effllm.measure.result import Result
 
@@ -33,31 +33,38 @@ def other_files(source: Path) -> dict[str, Path]:
     return found
 
 
-def model_card(name: str, source: Path, result: Result) -> str:
-    """`README.md` of a compressed folder: base model, licence, plan and figures."""
-    card = source / "README.md"
-    front = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-        if card.is_file()
-        else None
-    )
-    licence = re.search(r"^license: *([\w.+-]+) *$", front[1], re.M) if front else None
-    lines = ["---", f"base_model: {name}", "library_name: transformers", "tags: [effllm]"]
-    lines += [f"license: {licence[1]}"] if licence else []
-    lines += ["---", f"# {name}, compressed by effllm", "", result.plan.get("description", ""), ""]
-    lines += ["| | |", "|---|---|", f"| plan | {result.plan.get('name', 'custom')} |"]
+def model_card(name: str | None, source: Path | None, result: Result, address: str = "FOLDER") -> str:
+    """`README.md` of a compressed folder: base model, licence, plan and figures.
+
+    Args:
+        name: the base model, as it was named: a folder's name, `demo`, an alias or a hub id.
+        source: the folder whose own card states the licence.
+        result: what was measured.
+        address: the folder or hub id that the card's example loads.
+    """
+    base = aliases().get(name or "", {}).get("hub", name)
+    lines = ["---", "library_name: transformers", "tags: [effllm]"]
+    if base and base.count("/") == 1:  # the hub refuses what is no hub id
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
+    lines += [*_licence(source), "---", f"# {name or 'A model'}, compressed by effllm", ""]
+    lines += [result.plan.get("description", ""), "", "| | |", "|---|---|"]
+    lines += [f"| base model | {base} |"] if base else []
     lines += [
-        f"| weight files | {result.stored_bytes / 1e6:.1f} MB |",
+        f"| plan | {result.plan.get('name', 'custom')} |",
+        f"| weight files | {result.stored_bytes:,} bytes ({result.stored_bytes / 1e6:.1f} MB) |",
         f"| bits per weight | {result.bits_per_weight:.2f} |",
     ]
-    for label, value, error, count in (
-        ("KL to the original, nats per token", result.kl, result.kl_stderr, result.kl_tokens),
-        ("perplexity", result.perplexity, result.perplexity_stderr, result.perplexity_tokens),
-        ("perplexity of the original", result.baseline_perplexity, None, result.perplexity_tokens),
-        ("top-1 agreement with the original", result.top1_agreement, result.top1_agreement_stderr, result.kl_tokens),
-    ):
-        if value is not None:
-            lines.append(f"| {label} | {value:.4f}{f' +- {error:.4f}' if error else ''} ({count} tokens) |")
+    for label, value, error, over in result.figures():
+        lines.append(f"| {label} | {value:.4f}{f' +- {error:.4f}' if error else ''} ({over}) |")
     lines += ["", "```python", "import effllm  # registers the format with transformers", ""]
-    lines += ["model = effllm.load('FOLDER')", "```", ""]
+    lines += [f"model = effllm.load('{address}')", "```", ""]
     return "\n".join(lines)
+
+
+def _licence(source: Path | None) -> list[str]:
+    """The lines about the licence in the front matter of a folder's `README.md`."""
+    card = source / "README.md" if source else None
+    if card is None or not card.is_file():
+        return []
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    return re.findall(r"^license(?:_name|_link)?: *[\w.+:/#-]+ *$", front[1], re.M) if front else []

@@ -29,19 +29,18 @@ def show_result(result: Result) -> None:
     table = Table(show_header=False, title=result.model, title_justify="left")
     table.add_row("weight files", f"{result.stored_bytes:,} bytes ({_size(result.stored_bytes)})")
     table.add_row("bits per weight", f"{result.bits_per_weight:.3f}")
-    for label, value, error, count in (
-        ("KL to " + (result.baseline or ""), result.kl, result.kl_stderr, result.kl_tokens),
-        ("perplexity", result.perplexity, result.perplexity_stderr, result.perplexity_tokens),
-        ("perplexity of the original", result.baseline_perplexity, None, result.perplexity_tokens),
-        ("top-1 agreement", result.top1_agreement, result.top1_agreement_stderr, result.top1_agreement_tokens),
-    ):
-        if value is not None:
-            table.add_row(label, f"{value:.4f}" + (f" +- {error:.4f}" if error else "") + f"   ({count} tokens)")
-    if result.tokens_per_second is not None and result.peak_memory_bytes is not None:
+    for label, value, error, count in result.figures():
+        table.add_row(label, f"{value:.4f}" + (f" +- {error:.4f}" if error else "") + f"   ({count})")
+    if result.tokens_per_second is not None:
         table.add_row("decode", f"{result.tokens_per_second:.1f} tokens/s")
+    if result.images_per_second is not None:
+        table.add_row("one image at a time", f"{result.images_per_second:.1f} images/s")
+    if result.peak_memory_bytes is not None:
         table.add_row("peak memory of a run", _size(result.peak_memory_bytes))
     if result.text:
         table.add_row("text", ", ".join("held-out book in the package" if t == "default" else t for t in result.text))
+    if result.images:
+        table.add_row("images", ", ".join(result.images))
     if result.seconds is not None:
         table.add_row("took", _time(result.seconds))
     console = Console()
@@ -71,8 +70,8 @@ def show_dry_run(found: DryRun) -> None:
                 f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}: "
                 f"{step.order.label()} decides at compress time"
             )
-    for name, share, why in found.unchanged:
-        console.print(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
+    for line in found.remarks:
+        console.print(line)
     for name in found.unloaded:
         console.print(f"not loaded by the class, kept byte for byte: {name}")
     memory = found.memory
@@ -80,9 +79,11 @@ def show_dry_run(found: DryRun) -> None:
         f"weight files  {_size(found.original_bytes)} -> {_size(found.stored_bytes)}, "
         f"{found.bits_per_weight:.3f} bits per weight"
     )
+    cached = bool(memory.kv_by_layer)
     console.print(
-        f"to run        {_size(memory.total)} at {found.context} tokens: weights {_size(memory.weights)}, "
-        f"KV cache {_size(memory.kv)}, scratch {_size(memory.scratch)} (estimate; the runtime itself apart)"
+        f"to run        {_size(memory.total)} {f'at {found.context} tokens' if cached else 'for one input'}: weights "
+        f"{_size(memory.weights)}, {f'KV cache {_size(memory.kv)}, ' if cached else ''}scratch {_size(memory.scratch)} "
+        "(estimate; the runtime itself apart)"
     )
     console.print(
         f"to compress   about {_time(found.seconds)} here, {_size(found.working_memory_bytes)} beside the libraries"
@@ -122,7 +123,7 @@ def show_methods(name: str | None) -> None:
     table = Table("method", "what it is", "paper", "data", title="methods", title_justify="left")
     for key, cls in known.items():
         doc = (inspect.getdoc(cls) or "").split("\n", 1)[0]
-        table.add_row(key, doc, cls.paper, "needs text" if cls.needs_data else "none")
+        table.add_row(key, doc, cls.paper, "needs data" if cls.needs_data else "none")
     console.print(table)
     plans = Table("preset", "what it does", title="presets (--plan NAME)", title_justify="left")
     for key in presets():

@@ -1,0 +1,81 @@
+"""What a model takes, and the plan's calibration data as batches of it: text, images and speech are told apart here."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from effllm.data.images import image_batches
+from effllm.data.speech import speech_batches
+from effllm.data.text import load_tokenizer, token_windows
+from effllm.errors import UsageError
+from effllm.plans import Calibration, Plan
+from effllm.source import Batch
+
+BATCH = 8  # calibration inputs per forward: part of the result's bits, so fixed
+Modality = Literal["text", "images", "speech"]
+MODALITIES: dict[str, Modality] = {
+    "input_ids": "text",
+    "pixel_values": "images",
+    "input_features": "speech",
+    "input_values": "speech",
+}
+logger = logging.getLogger(__name__)
+
+
+def modality(model: PreTrainedModel | type[PreTrainedModel]) -> Modality | None:
+    """What a model or class takes; None where it is neither text, images nor speech, or images and text together."""
+    kind = MODALITIES.get(model.main_input_name)
+    return None if kind == "images" and model.can_generate() else kind
+
+
+def refuse_default(plan: Plan, model: PreTrainedModel) -> None:
+    """Raises UsageError where `plan` learns from data that effllm has no default of for `model`."""
+    kind = modality(model)
+    if not plan.needs_data or kind == "text" or (kind and "default" not in plan.calibration.sources):
+        return
+    remedy = "--score zd, or --plan uniform-4bit"
+    if kind is None:
+        raise UsageError(
+            f"plan {plan.name} learns from data, and effllm cannot make the inputs of {type(model).__name__}: {remedy}"
+        )
+    what = "images" if kind == "images" else ".wav files"
+    raise UsageError(
+        f"plan {plan.name} learns from {kind}, and effllm has none of its own for {type(model).__name__}: --calibration "
+        f"FOLDER of {what}, or {remedy}"
+    )
+
+
+def calibration_batches(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    """Calibration text as batches of token ids `[up to 8, sequence_length]`."""
+    tokens = token_windows(tokenizer, settings.sources, settings.samples, settings.sequence_length)
+    logger.info("calibration: %s, %d x %d tokens", ", ".join(settings.sources), *tokens.shape)
+    return [{"input_ids": part} for part in tokens.split(BATCH)]
+
+
+def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) -> list[Batch]:
+    """Calibration data for `model` as batches of its inputs, in its dtype, by the tokenizer or processor of `folder`.
+
+    Raises:
+        UsageError, EffllmError: see `token_windows`, `image_batches`, `speech_batches`.
+    """
+    kind = modality(model)
+    if kind == "text":
+        return calibration_batches(settings, load_tokenizer(folder))
+    if kind == "images":
+        batches = list(image_batches(folder, settings.sources, settings.samples, BATCH))
+    else:
+        batches = speech_batches(folder, settings.sources, settings.samples, model.main_input_name)
+    count = sum(len(batch[model.main_input_name]) for batch in batches)
+    logger.info(
+        "calibration: %s, %d %s", ", ".join(settings.sources), count, "images" if kind == "images" else "recordings"
+    )
+    return [{name: _cast(tensor, model) for name, tensor in batch.items()} for batch in batches]
+
+
+def _cast(tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    return tensor.to(model.dtype) if tensor.is_floating_point() else tensor

@@ -1,20 +1,23 @@
 """effllm makes Hugging Face models small and fast.
 
 Importing it registers the `effllm` format with transformers, at once or as soon as transformers builds models, so that
-`AutoModelForCausalLM.from_pretrained` opens compressed folders. Everything else is imported on first use.
+`AutoModelForCausalLM.from_pretrained` opens compressed folders. Everything else is imported on first use, the standard
+library too.
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
 
 from effllm import methods as methods
 from effllm.integrations.registration import register_on_import
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from effllm.hf import EffllmConfig as Config
+    from effllm.integrations.hub import push_to_hub as push_to_hub
     from effllm.loading import load as load
     from effllm.measure.evaluate import evaluate as evaluate
     from effllm.pipeline import compress as compress
@@ -23,19 +26,24 @@ if TYPE_CHECKING:
     from effllm.streaming import compress_folder as compress_folder
 
 _LAZY = {
+    "Config": "effllm.hf:EffllmConfig",
     "Plan": "effllm.plans",
     "compress": "effllm.pipeline",
     "compress_folder": "effllm.streaming",
     "evaluate": "effllm.measure.evaluate",
     "load": "effllm.loading",
     "plan": "effllm.report.dry_run",
+    "push_to_hub": "effllm.integrations.hub",
 }
-__all__ = ["Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan"]
+__all__ = ["Config", "Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        import importlib
+
+        module, _, attribute = _LAZY[name].partition(":")
+        return getattr(importlib.import_module(module), attribute or name)
     raise AttributeError(f"module 'effllm' has no attribute {name!r}")
 
 

@@ -38,8 +38,9 @@ CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
         "--calibration",
-        help="Text to learn from: a file, a folder, or a datasets id as id:config:split:column; @weight sets its share. "
-        "Repeatable. Default: the slice of public-domain books in the package.",
+        help="Data to learn from. Text: a file, a folder, or a datasets id as id:config:split:column; @weight sets its "
+        "share (default: the slice of public-domain books in the package). Vision models: a folder of images, or .npz. "
+        "Speech models: a folder of .wav files. Repeatable.",
     ),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows (64).")]
@@ -153,7 +154,17 @@ def evaluate(
             "--text", help="Text to measure on, one row each. Repeatable. Default: a held-out book's beginning."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 32,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--images",
+            help="Labelled images, for an image classifier: a folder of one subfolder a class, a .npz file, or a datasets "
+            "id as id:config:split:column. Repeatable.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Windows of text (32), or images (all).")
+    ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens a window.")] = 512,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -161,14 +172,13 @@ def evaluate(
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model: perplexity, KL to the original, bytes, peak memory, tokens per second."""
+    """Measure a model: perplexity or accuracy, KL to the original, bytes, peak memory, speed."""
     import effllm
 
+    where, arithmetic = _device(device, threads), _dtype(dtype)
     results = [
-        effllm.evaluate(
-            model, baseline, [source], samples, sequence_length, _device(device, threads), _dtype(dtype), revision
-        )
-        for source in (text or ["default"])
+        effllm.evaluate(model, baseline, source, samples, sequence_length, where, arithmetic, revision, images)
+        for source in ([[one] for one in text] if text else [None])
     ]
     if as_json:
         dumped = [result.model_dump(mode="json") for result in results]
@@ -210,6 +220,32 @@ def chat(
     from effllm.report.chat import talk
 
     talk(model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision)
+
+
+@app.command(
+    epilog="Example: effllm run -- lm_eval --model hf --model_args pretrained=./out --tasks hellaswag",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run(
+    command: Annotated[list[str], typer.Argument(help="The command and its arguments.")],
+) -> None:
+    """Run any program with packed models: every Python process that it starts can load them."""
+    from effllm.integrations import run as runner
+
+    runner.run(command)
+
+
+@app.command(epilog="Example: effllm autoload on")
+def autoload(
+    action: Annotated[str, typer.Argument(help="on, off or status.", metavar="ACTION")] = "status",
+) -> None:
+    """Let every Python process of this environment load packed models, without an import in the program."""
+    from effllm.integrations import autoload as switch
+
+    actions = {"on": switch.turn_on, "off": switch.turn_off, "status": switch.status}
+    if action not in actions:
+        raise UsageError(f"autoload {action}: known: {', '.join(actions)}")
+    _print(actions[action]())
 
 
 def _plan(

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import effllm
-from effllm.checksum import checksum, to_text
+from effllm.checkpoint.checksum import checksum, to_text
 from effllm.errors import EffllmError, UsageError
 from effllm.journal import Entries, codecs, entries, shapes
 from effllm.layers import tie
@@ -40,7 +40,7 @@ class EffllmConfig(QuantizationConfigMixin):
 
     `sites` is the journal (see `effllm.journal.entries`), `shapes` those of its matrices, `format` the version of the
     folder's format, `version` the effllm that wrote it, `plan` the plan carried out, `source` the identity of the
-    checkpoint it was made from, and `checksums` those of all tensors (see `effllm.checksum`).
+    checkpoint it was made from, and `checksums` those of all tensors (see `effllm.checkpoint.checksum`).
 
     For `from_pretrained(name, quantization_config=effllm.Config(plan="uniform-4bit"))` only `plan` is given: a preset's
     name, a file, a dictionary or a `Plan` that needs no data.
@@ -139,7 +139,7 @@ class EffllmQuantizer(HfQuantizer):
         return self.encoder
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        model._weight_conversions = []  # in a packed folder the names are module paths
+        model._weight_conversions = []  # type: ignore[assignment]  # names in a packed folder are module paths
         layers = codec_modules(model)
         tied = {}
         for target, source in model.all_tied_weights_keys.items():

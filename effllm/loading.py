@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, resolve
-from effllm.checksum import verify as verify_checksums
+from effllm.checkpoint.checksum import verify as verify_checksums
+from effllm.checkpoint.skeleton import quiet, skeleton, stored_dtype
 from effllm.errors import EffllmError
-from effllm.skeleton import quiet, skeleton, stored_dtype
 
 
 def load(model: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:

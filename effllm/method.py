@@ -39,6 +39,8 @@ class Method(BaseModel, ABC):
     """Where the idea comes from, as a citation key such as `arXiv 2406.17415`."""
     needs_data: ClassVar[bool] = False
     """Whether the method must see calibration data."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Modules that it computes with and that effllm does not install by default; each is an extra of the same name."""
 
     @classmethod
     def name(cls) -> str:

@@ -26,10 +26,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from effllm.checkpoint import Checkpoint
+from effllm.checkpoint.skeleton import FLOATS, quiet, skeleton, stored_dtype
 from effllm.errors import EffllmError
 from effllm.lockstep import lockstep
 from effllm.site import find_blocks, find_sites
-from effllm.skeleton import FLOATS, quiet, skeleton, stored_dtype
 
 REST = "rest"
 OWN_UNIT = 1 << 25  # bytes from which a weight outside the blocks is a unit of its own

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 import effllm
 from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
-from effllm.checksum import checksum, to_text
+from effllm.checkpoint.checksum import checksum, to_text
 from effllm.data.inputs import folder_batches, refuse_default
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 
 import effllm
 from effllm import cli
-from effllm.checkpoint import INDEX, SINGLE, Checkpoint
+from effllm.checkpoint.folder import INDEX, SINGLE, Checkpoint
 from effllm.errors import EffllmError, UsageError
 from effllm.method import from_spec
 from effllm.plans import load_plan

@@ -20,6 +20,14 @@ SCORES = [name for name, cls in methods().items() if issubclass(cls, Score)]
 MODELS = {"llama": tiny_llama, "untied": lambda: tiny_llama(tied=False), "gpt2": tiny_gpt2}
 
 
+@pytest.fixture(autouse=True)
+def needs_its_packages(request):
+    """Skips a method whose optional packages are not installed."""
+    requires = methods()[request.getfixturevalue("name")].requires if "name" in request.fixturenames else ()
+    for module in requires:
+        pytest.importorskip(module, reason=f"needs pip install 'effllm[{module}]'")
+
+
 def options(name: str, site) -> list[Codec]:
     return methods()[name].grid(site)
 

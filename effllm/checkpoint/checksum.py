@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effllm.checkpoint import Checkpoint, StoredTensor
+from effllm.checkpoint.folder import Checkpoint, StoredTensor
 from effllm.errors import EffllmError
 
 CHUNK = 1 << 22  # bytes read at once

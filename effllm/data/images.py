@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effllm.checkpoint import read_config
+from effllm.checkpoint.skeleton import load_config
 from effllm.data.text import load_dataset
 from effllm.errors import EffllmError, UsageError
-from effllm.skeleton import load_config
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CHANNELS = {1: "L", 3: "RGB"}

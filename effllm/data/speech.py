@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from effllm.checkpoint import read_config
+from effllm.checkpoint.skeleton import load_config
 from effllm.data.text import load_tokenizer
 from effllm.errors import EffllmError, UsageError
-from effllm.skeleton import load_config
 
 
 def speech_batches(folder: Path, sources: list[str], samples: int, name: str) -> list[dict[str, Tensor]]:

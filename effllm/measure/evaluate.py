@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from effllm.checkpoint import read_config, resolve
+from effllm.checkpoint.skeleton import load_config, model_class
 from effllm.data.inputs import Modality, modality
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.errors import EffllmError, UsageError
@@ -25,7 +26,6 @@ from effllm.loading import load
 from effllm.measure.images import compare_images, held_out
 from effllm.measure.result import Result, describe_run, standard_error
 from effllm.report.progress import track
-from effllm.skeleton import load_config, model_class
 
 WINDOWS = 32  # of text, where the caller names no number
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once

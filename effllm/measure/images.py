@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from effllm.checkpoint import read_config
+from effllm.checkpoint.skeleton import load_config
 from effllm.data.images import labelled_batches
 from effllm.errors import EffllmError
 from effllm.measure.result import standard_error
 from effllm.report.progress import track
-from effllm.skeleton import load_config
 
 BATCH = 32
 

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from effllm.checkpoint import Checkpoint
+from effllm.checkpoint.skeleton import skeleton, stored_dtype
 from effllm.hf import EffllmConfig
 from effllm.journal import codecs
 from effllm.plans import select
 from effllm.site import find_sites
-from effllm.skeleton import skeleton, stored_dtype
 
 
 class Result(BaseModel):

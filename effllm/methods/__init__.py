@@ -6,11 +6,14 @@ The package is also the function `effllm.methods()`: every registered method by 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from effllm.method import Method
+else:
+    ModuleType = type(sys)  # `types` is not imported at the start of an interpreter
 
 
 class _Methods(ModuleType):

@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint, aliases, resolve
+from effllm.checkpoint.skeleton import model_class, skeleton
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
 from effllm.report.remarks import remarks
 from effllm.site import Site, find_sites, unchanged
-from effllm.skeleton import model_class, skeleton
 from effllm.source import StoredModel
 from effllm.streaming import working_memory
 

@@ -16,10 +16,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from effllm.edits import apply as apply
     from effllm.hf import EffllmConfig as Config
     from effllm.integrations.hub import push_to_hub as push_to_hub
     from effllm.loading import load as load
     from effllm.measure.evaluate import evaluate as evaluate
+    from effllm.methods.pyramiddrop import PyramidDrop as PyramidDrop
+    from effllm.methods.pyramiddrop import apply_pyramiddrop as apply_pyramiddrop
     from effllm.pipeline import compress as compress
     from effllm.plans import Plan as Plan
     from effllm.report.dry_run import plan as plan
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "Config": "effllm.hf:EffllmConfig",
     "Plan": "effllm.plans",
+    "PyramidDrop": "effllm.methods.pyramiddrop",
+    "apply": "effllm.edits",
+    "apply_pyramiddrop": "effllm.methods.pyramiddrop",
     "compress": "effllm.pipeline",
     "compress_folder": "effllm.streaming",
     "evaluate": "effllm.measure.evaluate",
@@ -35,7 +41,10 @@ _LAZY = {
     "plan": "effllm.report.dry_run",
     "push_to_hub": "effllm.integrations.hub",
 }
-__all__ = ["Config", "Plan", "compress", "compress_folder", "evaluate", "load", "methods", "plan", "push_to_hub"]
+__all__ = [
+    "Config", "Plan", "PyramidDrop", "apply", "apply_pyramiddrop", "compress", "compress_folder", "evaluate", "load",
+    "methods", "plan", "push_to_hub",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import effllm
 from effllm.checkpoint.checksum import checksum, to_text
 from effllm.errors import EffllmError, UsageError
-from effllm.journal import Entries, codecs, entries, shapes
+from effllm.journal import Entries, codecs, edit_entries, edits, entries, shapes
 from effllm.layers import tie
 from effllm.layers.experts import CodecExpertGroup
 from effllm.layers.placing import attach, by_parameter, codec_modules, decode_all, encode, install
@@ -40,7 +40,8 @@ class EffllmConfig(QuantizationConfigMixin):
 
     `sites` is the journal (see `effllm.journal.entries`), `shapes` those of its matrices, `format` the version of the
     folder's format, `version` the effllm that wrote it, `plan` the plan carried out, `source` the identity of the
-    checkpoint it was made from, and `checksums` those of all tensors (see `effllm.checkpoint.checksum`).
+    checkpoint it was made from, `checksums` those of all tensors (see `effllm.checkpoint.checksum`), and `edits` what is
+    put on the loaded model.
 
     For `from_pretrained(name, quantization_config=effllm.Config(plan="uniform-4bit"))` only `plan` is given: a preset's
     name, a file, a dictionary or a `Plan` that needs no data.
@@ -55,6 +56,7 @@ class EffllmConfig(QuantizationConfigMixin):
         plan: str | Path | dict[str, Any] | Plan | None = None,
         source: dict[str, Any] | None = None,
         checksums: str | None = None,
+        edits: Entries | None = None,
         quant_method: str | None = None,
         **unknown: Any,
     ):
@@ -65,8 +67,9 @@ class EffllmConfig(QuantizationConfigMixin):
             )
         if plan is not None and quant_method is None:  # written by a caller, and not read from a config.json
             plan = load_plan(plan).model_dump(mode="json", exclude_defaults=True)
-        given = (("sites", sites, list), ("shapes", shapes, list), ("plan", plan, dict), ("source", source, dict))
-        for name, value, kind in given:
+        lists: dict[str, Any] = {"sites": sites, "shapes": shapes, "edits": edits}
+        for name, value in (lists | {"plan": plan, "source": source}).items():
+            kind: type = list if name in lists else dict
             if not isinstance(value or kind(), kind):
                 raise EffllmError(
                     f"config.json: quantization_config.{name} = {str(value)[:80]} is no {kind.__name__}; download it again"
@@ -78,6 +81,7 @@ class EffllmConfig(QuantizationConfigMixin):
         self.plan = cast(dict[str, Any], plan or {})
         self.source = source or {}
         self.checksums = checksums
+        self.edits = edits or []
 
 
 class EncodeOnLoad(ConversionOps):
@@ -99,6 +103,7 @@ class EncodeOnLoad(ConversionOps):
         self.sites = find_sites(model)
         self.assigned = wanted.assign(self.sites, {})
         self.members = by_parameter(self.sites, self.assigned)
+        self.edits = wanted.edits()
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
@@ -131,6 +136,7 @@ class EffllmQuantizer(HfQuantizer):
             self.encoder = EncodeOnLoad(model, self.quantization_config.plan)
             self.quantization_config.sites = entries(self.encoder.assigned)
             self.quantization_config.shapes = shapes(self.encoder.sites, self.encoder.assigned)
+            self.quantization_config.edits = edit_entries(self.encoder.edits)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self.encoder.members
@@ -157,6 +163,8 @@ class EffllmQuantizer(HfQuantizer):
                         "download it again"
                     )
         model.add_model_tags("effllm")
+        for edit in edits(self.quantization_config.edits):
+            edit.attach(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -215,11 +223,11 @@ def _ignore_guard(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = container([*(current or ()), *patterns])
 
 
-def mark_compressed(model: nn.Module, sites: list[Site], assigned: dict[str, Codec], plan: dict[str, Any]) -> None:
+def mark_compressed(model: nn.Module, sites: list[Site], assigned: dict[str, Codec], plan: Plan) -> None:
     """Gives a model compressed in memory what `from_pretrained` gives a compressed one, so that it saves alike."""
     if not isinstance(model, PreTrainedModel):
         return
-    config = EffllmConfig(entries(assigned), shapes(sites, assigned), plan=plan)
+    config = EffllmConfig(entries(assigned), shapes(sites, assigned), plan=plan, edits=edit_entries(plan.edits()))
     state = {"hf_quantizer": EffllmQuantizer(config), "is_quantized": True, "quantization_method": "effllm"}
     for name, value in state.items():
         setattr(model, name, value)

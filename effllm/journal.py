@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import EffllmError, UsageError
-from effllm.method import Codec, from_spec
+from effllm.method import Codec, Edit, from_spec
 from effllm.site import Site
 
 Entries = list[dict[str, Any]]
@@ -65,18 +65,41 @@ def codecs(journal: Entries) -> dict[str, Codec]:
     for entry in journal:
         if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != ENTRY:
             raise EffllmError(f"a journal entry needs method, settings and sites, not {str(entry)[:200]}")
-        try:
-            codec: Codec = from_spec({entry["method"]: entry["settings"]}, Codec)
-        except UsageError as error:
-            raise EffllmError(
-                f"the journal: {error}; upgrade effllm, or install the package that adds the method"
-            ) from None
+        codec: Codec = _method(entry, Codec)
         for pattern in entry["sites"]:
             for site in _unfold(pattern):
                 if site in found:
                     raise EffllmError(f"the journal names site {site!r} twice")
                 found[site] = codec
     return found
+
+
+def edit_entries(edits: list[Edit]) -> Entries:
+    """The form in which a folder's config names edits."""
+    return [{"method": edit.name(), "settings": edit.settings()} for edit in edits]
+
+
+def edits(entries: Entries) -> list[Edit]:
+    """The edits that a folder's config names, `[{method, settings}]`; it may come from a stranger.
+
+    Raises:
+        EffllmError: an entry is malformed, or names an unknown edit or setting.
+    """
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != {"method": str, "settings": dict}:
+            raise EffllmError(f"an edit needs method and settings, not {str(entry)[:200]}")
+        found.append(_method(entry, Edit))
+    return found
+
+
+def _method(entry: dict[str, Any], kind: type[Any]) -> Any:
+    try:
+        return from_spec({entry["method"]: entry["settings"]}, kind)
+    except UsageError as error:
+        raise EffllmError(
+            f"the journal: {error}; upgrade effllm, or install the package that adds the method"
+        ) from None
 
 
 def _fold(sites: list[str]) -> list[str]:

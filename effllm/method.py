@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from effllm.errors import UsageError, nearest
 
@@ -105,6 +105,22 @@ class Codec(Method):
 def _layout(codec: Codec, shape: tuple[int, int]) -> Layout:
     stored = codec.encode(torch.empty(shape, device="meta"))
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+
+
+class Edit(Method):
+    """A change of how a model behaves, made on the loaded model and undone exactly."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> None:
+        """Makes the change. Called where a model is compressed and where a compressed one is loaded.
+
+        Raises:
+            EffllmError: the edit cannot act on this model, and why.
+        """
+
+    @abstractmethod
+    def detach(self, model: nn.Module) -> None:
+        """Undoes the change: no hook, no attribute is left; nothing where it is not on the model."""
 
 
 class Score(Method):

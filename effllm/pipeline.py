@@ -19,6 +19,7 @@ from effllm.layers.placing import by_parameter, codec_modules, encode, install, 
 from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
+from effllm.site import Site
 from effllm.source import Batch, LiveModel
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def compress(
         raise EffllmError("the model is quantised already; compress the original weights")
     wanted = load_plan(plan)
     source = LiveModel(model)
-    wanted.options(source.sites)  # a plan that does not fit is refused before any text is read
+    refuse_misfit(model, source.sites, wanted)
     batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
     assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
     for line in remarks(model, source.sites, wanted, assigned):
@@ -63,7 +64,9 @@ def compress(
     del state
     for groups in track(members.values(), "compress"):
         install(model, groups, encode(model, groups))
-    hf.mark_compressed(model, source.sites, assigned, wanted.model_dump(mode="json", exclude_defaults=True))
+    hf.mark_compressed(model, source.sites, assigned, wanted)
+    for edit in wanted.edits():
+        edit.attach(model)
     model.effllm_report = {name: codec.label() for name, codec in assigned.items()}  # type: ignore[assignment]
     return model
 
@@ -96,3 +99,15 @@ def _live_batches(
     texts = cast(list[Document], calibration)
     windows = windows_of(tokenizer, texts, settings.samples, settings.sequence_length, "calibration=")
     return [{"input_ids": part} for part in windows.split(BATCH)]
+
+
+def refuse_misfit(model: nn.Module, sites: list[Site], plan: Plan) -> None:
+    """Refuses a plan that does not fit the model, before any data are read: its globs, and its edits.
+
+    Raises:
+        UsageError, EffllmError: as `Plan.options` and `Edit.attach`.
+    """
+    plan.options(sites)
+    for edit in plan.edits():
+        edit.attach(model)
+        edit.detach(model)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from effllm.errors import UsageError, nearest
-from effllm.method import Codec, Score, from_spec, validated
+from effllm.method import Codec, Edit, Score, from_spec, validated
 from effllm.site import Site
 
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
@@ -22,6 +22,7 @@ LARGEST_PLAN = 1_000_000
 
 _as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
 CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
+EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), _as_spec]
 ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
 
 
@@ -30,7 +31,7 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """The text that methods learn from."""
+    """The data that methods learn from."""
 
     sources: list[str] = Field(default=["default"], min_length=1)
     """`default` (the slice in the package), files, folders, or `datasets` ids; each may end in `@weight`."""
@@ -41,12 +42,15 @@ class Calibration(_Strict):
 class Step(_Strict):
     """What happens to some sites: one codec for all (`use`), or two, given out by an ordering of the blocks.
 
+    Or, without sites, an edit of the whole model: `apply`.
+
     `sites` are globs on module paths, or the words `blocks` (weights inside the repeated blocks), `embeddings` and
     `head`. With `order`, the most important blocks get `high` and the others `low`, with as many blocks at `high` as
     keep the mean width at or below `average_bits` (scales and zero points not counted).
     """
 
-    sites: list[str] = Field(min_length=1)
+    sites: list[str] = []
+    apply: EditField | None = None
     use: CodecField | None = None
     order: ScoreField | None = None
     high: CodecField | None = None
@@ -56,6 +60,12 @@ class Step(_Strict):
     @model_validator(mode="after")
     def _one_form(self) -> Step:
         ordered = [self.order, self.high, self.low, self.average_bits]
+        if self.apply is not None:
+            if self.sites or self.use is not None or ordered.count(None) < 4:
+                raise ValueError("'apply' edits the whole model: such a step has no other key")
+            return self
+        if not self.sites:
+            raise ValueError("a step needs 'sites': globs on module paths, or blocks, embeddings, head")
         if (self.use is None) == (ordered.count(None) == 4):
             raise ValueError("a step has either 'use' or all of 'order', 'high', 'low' and 'average_bits'")
         if self.use is None:
@@ -87,6 +97,10 @@ class Plan(_Strict):
     def needs_data(self) -> bool:
         """Whether carrying out the plan needs calibration text."""
         return any(step.order is not None and step.order.needs_data for step in self.steps)
+
+    def edits(self) -> list[Edit]:
+        """The edits of the whole model, in order."""
+        return [step.apply for step in self.steps if step.apply is not None]
 
     def scores(self) -> list[Score]:
         """The distinct scores that the plan needs, in order."""
@@ -128,13 +142,13 @@ class Plan(_Strict):
 
     def idle(self, sites: list[Site]) -> list[str]:
         """The steps that have nothing to act on in this model, as `step 2 (embeddings, head)`."""
-        steps = enumerate(self._members(sites), start=1)
-        return [f"step {number} ({', '.join(step.sites)})" for number, (step, members) in steps if not members]
+        idle = [step for step, members in self._members(sites) if not members]
+        return [f"step {self.steps.index(step) + 1} ({', '.join(step.sites)})" for step in idle]
 
     def _members(self, sites: list[Site]) -> list[tuple[Step, list[Site]]]:
         excluded = {site.name for pattern in self.exclude for site in select([pattern], sites)}
         steps = []
-        for step in self.steps:
+        for step in [step for step in self.steps if step.apply is None]:
             members = [site for site in select(step.sites, sites) if site.name not in excluded]
             if step.order is not None:
                 members = [site for site in members if site.block]
@@ -144,7 +158,7 @@ class Plan(_Strict):
                         "none there; use a uniform plan"
                     )
             steps.append((step, members))
-        if not any(members for _, members in steps):
+        if steps and not any(members for _, members in steps):
             raise UsageError(f"plan {self.name} matches no layer of the model; its sites: {_examples(sites)}")
         return steps
 

@@ -32,12 +32,13 @@ from effllm.checkpoint.checksum import checksum, to_text
 from effllm.data.inputs import folder_batches, refuse_default
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
-from effllm.journal import RunJournal, entries, file_digest, shapes
+from effllm.journal import RunJournal, edit_entries, entries, file_digest, shapes
 from effllm.layers.placing import by_parameter, encode, encoded_module, refuse_nonfinite, return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
+from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
@@ -116,6 +117,7 @@ def compress_folder(
     target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
     run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads())
     stored = StoredModel(checkpoint, dtype, device)
+    refuse_misfit(stored.model, stored.sites, wanted)
     refuse_default(wanted, stored.model)
     needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
     if max_memory is not None and needed > max_memory:
@@ -358,6 +360,7 @@ def _write_config(run: Run, source: StoredModel, assigned: dict[str, Codec], key
         plan=run.plan.model_dump(mode="json", exclude_defaults=True),
         source={"model": run.name, "key": key},
         checksums=checksums,
+        edits=edit_entries(run.plan.edits()),
     )
     _write_json(run.partial / "config.json", {**config, "quantization_config": quantization.to_dict()})
 

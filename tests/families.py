@@ -140,8 +140,14 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
     if kind in ("siglip", "clip"):
         return {"input_ids": tokens, "pixel_values": images.to(model.dtype)}
     if kind == "llava":
+        tokens = torch.cat([tokens, tokens[:, :5]], dim=1)
         tokens[:, 1:17] = 500
         return {"input_ids": tokens, "pixel_values": images.to(model.dtype)}
+    if kind == "qwen2_vl":
+        tokens[:, 1:5] = 500
+        patches = torch.randn(32, 3 * 2 * 8 * 8, generator=generator).to(model.dtype)
+        return {"input_ids": tokens, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+                "mm_token_type_ids": (tokens == 500).int()}  # fmt: skip
     if model.main_input_name == "pixel_values":
         return {"pixel_values": images.to(model.dtype)}
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens[:, :5]} if model.config.is_encoder_decoder else {})

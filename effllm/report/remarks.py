@@ -15,6 +15,7 @@ def remarks(model: nn.Module, sites: list[Site], plan: Plan, assigned: Collectio
     lines = [f"plan {plan.name}: {step} has nothing to act on in this model" for step in plan.idle(sites)]
     for name, share, why in unchanged(model, assigned):
         lines.append(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
+    lines += [f"on the loaded model: {edit.label()}" for edit in plan.edits()]
     norms = norms_with_statistics(model)
     if norms:
         lines.append(f"the running statistics of {norms} batch norms are not refitted: they are those of the original")

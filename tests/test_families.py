@@ -23,6 +23,12 @@ from effllm.site import find_blocks, find_sites, unchanged
 
 CODECS = [name for name, cls in methods().items() if issubclass(cls, Codec)]
 SAVED = [name for name in FAMILIES if name != "plain module"]
+QUICK = ["llama", "gpt2", "mixtral", "gpt_oss", "resnet", "mobilenet_v2", "whisper", "mamba", "gemma3n"]
+CASES = [
+    pytest.param(codec, family, marks=[] if codec == "quantize" or family in QUICK else [pytest.mark.slow])
+    for codec in CODECS
+    for family in SAVED
+]
 Case = tuple[Path, nn.Module, torch.Tensor]
 
 
@@ -51,8 +57,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case]
     return make
 
 
-@pytest.mark.parametrize("family", SAVED)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("codec", "family"), CASES)
 def test_a_loaded_model_computes_what_the_live_one_did(codec, family, case):
     folder, _, expected = case(codec, family)
     loaded = effllm.load(folder / "live")
@@ -63,8 +68,7 @@ def test_a_loaded_model_computes_what_the_live_one_did(codec, family, case):
     assert live.keys() == again.keys() and all(torch.equal(live[key], again[key]) for key in live)
 
 
-@pytest.mark.parametrize("family", SAVED)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("codec", "family"), CASES)
 def test_the_streamed_folder_holds_the_tensors_of_the_live_model(codec, family, case):
     folder, model, _ = case(codec, family)
     plan = plan_for(codec, type(model).from_pretrained(folder / "original"))

@@ -13,12 +13,14 @@ class Handle:
     """An edit that is on a model. `remove` restores the model exactly; as a context manager, leaving it does."""
 
     def __init__(self, model: nn.Module, edit: Edit):
-        self.model, self.edit = model, edit
+        self.model, self.edit, self.on = model, edit, True
         edit.attach(model)
 
     def remove(self) -> None:
         """Takes the edit off; a second time it does nothing."""
-        self.edit.detach(self.model)
+        if self.on:
+            self.edit.detach(self.model)
+        self.on = False
 
     def __enter__(self) -> Handle:
         return self

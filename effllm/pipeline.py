@@ -21,6 +21,7 @@ from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.site import Site
 from effllm.source import Batch, LiveModel
+from effllm.surgery import refit_norms, refits_norms
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def compress(
     del state
     for groups in track(members.values(), "compress"):
         install(model, groups, encode(model, groups))
+    if refits_norms(model, wanted):
+        refit_norms(model, batches)
     hf.mark_compressed(model, source.sites, assigned, wanted)
     for edit in wanted.edits():
         edit.attach(model)

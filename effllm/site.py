@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -158,9 +158,10 @@ def _reason(model: nn.Module, key: str) -> str:
     return f"{type(chain[0] if chain else model).__name__} computes with it in a way of its own"
 
 
-def norms_with_statistics(model: nn.Module) -> int:
-    """How many batch norms (and instance norms) keep running statistics, which a change of the weights makes stale."""
-    return sum(isinstance(m, NormWithStatistics) and m.running_mean is not None for m in model.modules())
+def norms_with_statistics(model: nn.Module) -> dict[str, BatchNorm]:
+    """The batch norms that keep running statistics, which a change of the weights makes stale."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    return {name: norm for name, norm in norms.items() if norm.running_mean is not None}
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class Source(ABC):
         used = set(base.modules())  # all of them: torch multiplies by a matrix on the meta device without a word
         outside = [u for u in self.units if u not in self.blocks and (u == REST or self.model.get_submodule(u) in used)]
         tables = [u for u in outside if u != REST and isinstance(self.model.get_submodule(u), nn.Embedding)]
-        forwards = [partial(_call, base, batch, self.device) for batch in batches]
+        forwards = [partial(run_batch, base, batch, self.device) for batch in batches]
         gates = [*self.blocks, *tables]
         training = self.model.training
         self.model.eval()
@@ -89,7 +89,8 @@ class Source(ABC):
             self.model.train(training)
 
 
-def _call(base: nn.Module, batch: Batch, device: torch.device) -> None:
+def run_batch(base: nn.Module, batch: Batch, device: torch.device) -> None:
+    """One forward of a model, or of the base model inside, without a KV cache."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     if not isinstance(base, PreTrainedModel):
         base(*inputs.values())

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -20,9 +19,6 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import effllm
@@ -32,8 +28,8 @@ from effllm.checkpoint.checksum import checksum, to_text
 from effllm.data.inputs import folder_batches, refuse_default
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
-from effllm.journal import RunJournal, edit_entries, entries, file_digest, shapes
-from effllm.layers.placing import by_parameter, encode, encoded_module, refuse_nonfinite, return_freed_memory
+from effllm.journal import RunJournal, edit_entries, entries, shapes
+from effllm.layers.placing import return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
@@ -43,6 +39,7 @@ from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
+from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site
 from effllm.source import Source, StoredModel
 
@@ -268,7 +265,7 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
 
 def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[dict[str, Any]]:
     """Writes one shard a unit, skipping those that are done; returns the journal's lines once every one stands."""
-    units = [*source.units, *(["extra"] if source.unloaded else [])]
+    units = shard_units(source, run.plan)
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
     waiting = False
     while True:
@@ -279,67 +276,11 @@ def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal:
         for unit in track(pending, "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
-                    tensors = _extra(source) if unit == "extra" else _encode_unit(source, unit, assigned)
-                    digest = _write(run.partial / files[unit], tensors)
+                    tensors = unit_tensors(source, run.plan, unit, assigned)
+                    digest = write_shard(run.partial / files[unit], tensors)
                     checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
                     journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)
         waiting = True
-
-
-def _extra(source: StoredModel) -> dict[str, Tensor]:
-    """The checkpoint's tensors that the class does not load, byte for byte."""
-    return {key: source.raw(key) for key in source.unloaded}
-
-
-def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
-    """Everything that the output stores of one unit, by module path."""
-    tensors: dict[str, Tensor] = {}
-    members = by_parameter(source.sites, assigned)
-    dense = source.model.state_dict().keys()
-    with source.resident(unit):
-        for name in source.units[unit]:
-            owner, _, leaf = name.rpartition(".")
-            module = source.model.get_submodule(owner)
-            if name in members:
-                stored = encode(source.model, members[name])
-                layer = encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
-                tensors |= {key: tensor for key, tensor in layer.items() if key not in dense}
-            else:
-                tensors[name] = getattr(module, leaf)
-                if isinstance(tensors[name], nn.Parameter):
-                    refuse_nonfinite(name, tensors[name])
-        if (guard := hf.guarded(source.model, list(members))) in source.units[unit]:
-            tensors[str(guard)] = torch.zeros(1, dtype=torch.uint8)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes a safetensors file that is whole or absent; returns its SHA-256."""
-    scratch = file.with_name(file.name + ".tmp")  # a folder: safetensors has temporary files of its own
-    _clear(scratch)
-    scratch.mkdir()
-    temporary = scratch / file.name
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from None
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.chmod(0o644)  # safetensors writes files that only their owner may read
-    digest = file_digest(temporary)
-    temporary.replace(file)
-    scratch.rmdir()
-    return digest
-
-
-def _clear(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_index(run: Run, files: list[Path]) -> None:
@@ -372,7 +313,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 def _publish(run: Run, overwrite: bool) -> None:
     """Gives the finished folder its name. The earlier output, if any, is gone only after that."""
     for stray in run.partial.glob("*.tmp"):
-        _clear(stray)
+        clear(stray)
     for file in run.partial.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())

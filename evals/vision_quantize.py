@@ -5,8 +5,8 @@
 By default the model is the small ResNet of the tests, measured on the 10,000 test images of Fashion-MNIST where Debian's
 package dataset-fashion-mnist is installed, else on the 1,000 that the tests have; any other model folder and labelled images
 can be named. Every row is a folder that `effllm.compress_folder` writes, loaded again; all weights get the row's codec, but
-for the presets. Layer-wise presets learn from images that are not measured. Batch-norm statistics stay those of the
-original weights.
+for the presets and the two rows with 2 bits in the blocks. Layer-wise plans learn from images that are not measured, 64 of
+them; with 512 they also refit the statistics of batch norms, which otherwise stay those of the original weights.
 
 Accuracy changes are paired with the original by image. Written are OUT (a JSON list of rows, with the keys of effllm's
 Result) and OUT with the suffix .md.
@@ -80,6 +80,18 @@ def plans(calibration: str | None) -> dict[str, Plan]:
         found[f"{name}, zd"] = load_plan(name).override(score="zd")
         if calibration is not None:
             found[name] = load_plan(name).override(sources=[calibration])
+            found[f"{name}, norms refitted"] = load_plan(name).override(sources=[calibration], samples=512)
+    if calibration is not None:
+        two = {
+            "sites": ["blocks"],
+            "order": "lim",
+            "average_bits": 2.0,
+            "high": "quantize:bits=3",
+            "low": "quantize:bits=2",
+        }
+        for samples in (64, 512):
+            plan = load_plan({"steps": [two], "calibration": {"sources": [calibration], "samples": samples}})
+            found["2 bits in groups of 64" + (", norms refitted" if samples > 64 else "")] = plan
     return found
 
 
@@ -155,7 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    logging.getLogger("effllm").setLevel(logging.ERROR)  # that batch norms are not refitted is said above
+    logging.getLogger("effllm").setLevel(logging.ERROR)  # what becomes of batch norms is said above
     with tempfile.TemporaryDirectory() as scratch:
         rows = run(arguments, Path(scratch))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from effllm.plans import Plan
 from effllm.site import Site, norms_with_statistics, unchanged
+from effllm.surgery import ENOUGH, refits_norms
 
 
 def remarks(model: nn.Module, sites: list[Site], plan: Plan, assigned: Collection[str]) -> list[str]:
@@ -17,6 +18,9 @@ def remarks(model: nn.Module, sites: list[Site], plan: Plan, assigned: Collectio
         lines.append(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
     lines += [f"on the loaded model: {edit.label()}" for edit in plan.edits()]
     norms = norms_with_statistics(model)
-    if norms:
-        lines.append(f"the running statistics of {norms} batch norms are not refitted: they are those of the original")
+    if norms and refits_norms(model, plan):
+        lines.append(f"the running statistics of {len(norms)} batch norms are refitted on the calibration data")
+    elif norms:
+        takes = f"{ENOUGH} calibration inputs (--samples)" if plan.needs_data else "a plan with data"
+        lines.append(f"the running statistics of {len(norms)} batch norms are not refitted: that takes {takes}")
     return lines

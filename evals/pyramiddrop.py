@@ -9,7 +9,7 @@ images stand in the middle of the text, 576 visual tokens each, so 2880 are the 
 Everything is timed interleaved: in each round every variant prefills once, then all decode step by step in turn. Other jobs
 of a machine change wall clock a lot and CPU time of a thread less, so one thread computes and its CPU time
 (time.thread_time) counts; wall clock stands beside it. Ratios are medians over pairs of runs, in brackets minimum over
-minimum. Peak memory is what a prefill adds to that of a fresh process.
+minimum. Peak memory is what a prefill adds to that of a fresh process, the least of three.
 
 FLOPs are counted by torch's FlopCounterMode over all that runs: tower, projector, text, ranking. It takes all of attention,
 as the paper does; "causal" takes only the half that a causal kernel computes. The paper's formula counts visual tokens in
@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,8 +117,8 @@ def counted(model: Any, variant: str, prompt: dict[str, Any]) -> tuple[dict[str,
     return {"full": total, "causal": total - unseen}, [2 * layer.keys.nbytes for layer in cache.layers]
 
 
-def steps(model: Any, caches: dict[str, Any], count: int, mask: torch.Tensor | None = None) -> dict[str, list[Sample]]:
-    """Single tokens decoded in turn by each variant."""
+def steps(run: Any, caches: dict[str, Any], count: int, mask: torch.Tensor | None = None) -> dict[str, list[Sample]]:
+    """Single tokens decoded in turn by each variant, `run(variant, **inputs)`."""
     found: dict[str, list[Sample]] = {name: [] for name in caches}
     batch = 1 if mask is None else len(mask)
     for index in range(count):
@@ -126,7 +127,7 @@ def steps(model: Any, caches: dict[str, Any], count: int, mask: torch.Tensor | N
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             token |= {"attention_mask": mask, "position_ids": (mask.sum(1) - 1).unsqueeze(1)}
         for name in turned(caches, index):
-            found[name].append(timed(model, name, past_key_values=caches[name], **token)[1])
+            found[name].append(run(name, past_key_values=caches[name], **token)[1])
     return found
 
 
@@ -163,7 +164,7 @@ def measure(tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
             output, sample = timed(model, name, **prompt)
             caches[name] = output.past_key_values
             prefill[name].append(sample)
-        for name, samples in steps(model, caches, arguments.steps).items():
+        for name, samples in steps(partial(timed, model), caches, arguments.steps).items():
             decode[name] += samples
         say(f"{tokens} visual tokens: round {index + 1} of {arguments.repeats}")
     dense, pair = flops["dense"], ("dense", "pyramid")
@@ -192,9 +193,9 @@ def measure(tokens: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak(variant: str, tokens: int, arguments: argparse.Namespace) -> int:
-    """Bytes that a prefill adds to the peak of a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(added_peak, variant, tokens, arguments).result()
+    """Bytes that a prefill adds to the peak of a fresh process, the least of three."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
+        return min(fresh.map(added_peak, [variant] * 3, [tokens] * 3, [arguments] * 3))
 
 
 def added_peak(variant: str, tokens: int, arguments: argparse.Namespace) -> int:
@@ -206,22 +207,21 @@ def added_peak(variant: str, tokens: int, arguments: argparse.Namespace) -> int:
     return peak_memory() - before
 
 
-def hooks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Microseconds that the hooks add to a decoding step of a narrow model, where nothing else hides them."""
-    found: dict[str, Any] = {}
-    say("hooks of a narrow model")
-    for case, batch in (("no padding", 1), ("a padded batch of 2", 2)):
-        model, prompt = build(36, arguments.layers, 64, batch)
-        mask = torch.ones_like(prompt["input_ids"]) if batch > 1 else None
-        if mask is not None:
-            mask[0, :4] = 0
-            prompt |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-        caches = {name: timed(model, name, **prompt)[0].past_key_values for name in ("dense", "keep all", "pyramid")}
-        samples, found[case] = steps(model, caches, 40 * arguments.steps, mask), {}
-        for name, some in samples.items():
-            pairs = zip(some, samples["dense"], strict=True)
-            found[case][name] = summary(some) | {"added_us": 1e6 * median(one[0] - other[0] for one, other in pairs)}
-    return found
+def hooks(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """What the hooks add to a decoding step of a narrow model, where nothing else hides them; a batch is padded."""
+    model, prompt = build(36, arguments.layers, 64, batch)
+    mask = torch.ones_like(prompt["input_ids"]) if batch > 1 else None
+    if mask is not None:
+        mask[0, :4] = 0
+        prompt |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    models = {name: copy.deepcopy(model) for name in ("dense", "keep all", "pyramid")}
+    effllm.apply_pyramiddrop(models["keep all"], ratio=1.0)
+    effllm.apply_pyramiddrop(models["pyramid"])
+    caches = {name: timed(models[name], "dense", **prompt)[0].past_key_values for name in models}
+    samples = steps(lambda name, **inputs: timed(models[name], "dense", **inputs), caches, 40 * arguments.steps, mask)
+    pairs = {name: zip(some, samples["dense"], strict=True) for name, some in samples.items()}
+    added = {name: 1e6 * median(one[0] - other[0] for one, other in found) for name, found in pairs.items()}
+    return {name: {"added_us": added[name], **summary(some)} for name, some in samples.items()}
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -287,7 +287,8 @@ def main() -> None:
     document: dict[str, Any] = {"note": NOTE, "machine": machine(), "versions": versions(), "settings": settings}
     with torch.no_grad():
         document["results"] = [measure(tokens, arguments) for tokens in arguments.tokens]
-        document["hooks"] = hooks(arguments)
+        say("hooks of a narrow model")
+        document["hooks"] = {"no padding": hooks(arguments, 1), "a padded batch of 2": hooks(arguments, 2)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     arguments.out.with_suffix(".md").write_text(markdown(document), encoding="utf-8")

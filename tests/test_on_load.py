@@ -13,7 +13,9 @@ from effllm.errors import UsageError
 from effllm.layers import CodecModule
 
 
-@pytest.mark.parametrize("family", ["llama", "llama, untied", "gpt2", "mixtral", "gpt_oss", "whisper", "resnet", "llava"])
+@pytest.mark.parametrize(
+    "family", ["llama", "llama, untied", "gpt2", "mixtral", "gpt_oss", "whisper", "resnet", "llava"]
+)
 def test_on_load_gives_what_compressing_afterwards_gives(family, tmp_path):
     model = FAMILIES[family]()
     model.save_pretrained(tmp_path / "original")

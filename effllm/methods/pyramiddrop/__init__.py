@@ -14,7 +14,7 @@ from effllm.method import Edit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from effllm.methods._visual_stream import Ranking
+    from effllm.methods.pyramiddrop.ranking import Ranking
 
 LEAST_RATIO = 0.2  # the steepest stage that a budget chooses before it moves the stages forward
 
@@ -103,7 +103,7 @@ class PyramidDrop(Edit):
             EffllmError, UsageError: the model has no visual tokens, or its decoder cannot lose tokens half-way; layers out
                 of range; PyramidDrop is on the model already.
         """
-        from effllm.methods._visual_stream import VisualStream
+        from effllm.methods.pyramiddrop.hooks import VisualStream
 
         model = _base(model)
         usable = _usable_layers(model)
@@ -116,7 +116,7 @@ class PyramidDrop(Edit):
 
     def detach(self, model: nn.Module) -> None:
         """Takes the hooks off."""
-        from effllm.methods._visual_stream import VisualStream
+        from effllm.methods.pyramiddrop.hooks import VisualStream
 
         stream = VisualStream.of(_base(model))
         if stream is not None:
@@ -235,7 +235,7 @@ def _snapped(layers: Any, usable: list[int]) -> list[int]:
 
 def _usable_layers(model: PreTrainedModel) -> list[int]:
     """Layers before which tokens may be dropped: they see the whole text, and no later layer needs what is dropped."""
-    from effllm.methods._visual_stream import layer_kinds, visual_token_ids
+    from effllm.methods.pyramiddrop.hooks import layer_kinds, visual_token_ids
 
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):

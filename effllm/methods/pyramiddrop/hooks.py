@@ -9,26 +9,25 @@ and losses keep their shapes. What was kept is noted on the KV cache, which is a
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 
 from effllm.errors import EffllmError
+from effllm.methods.pyramiddrop.ranking import Ranking, Scorer, left_filled, take
+from effllm.methods.pyramiddrop.stream import Call, Kept, Stream
 
 KEY = "effllm_visual_stream"
-PROBE = "effllm_probe"
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
-_running: ContextVar[_Call | None] = ContextVar("effllm_visual_call", default=None)
+_running: ContextVar[Call | None] = ContextVar("effllm_visual_call", default=None)
 
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
@@ -37,241 +36,6 @@ _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 def _uncompiled(hook: _Hook) -> _Hook:
     """Keeps torch.compile from tracing a hook, whose results depend on values."""
     return cast(_Hook, torch.compiler.disable(hook))
-
-
-@dataclass
-class _Call:
-    """One forward of the whole model: what only its own arguments tell."""
-
-    owner: VisualStream
-    outer: _Call | None
-    visual: Tensor | None = None
-    labels: Tensor | None = None
-    mask: Any = None
-    tail: int = 0
-    """How many last positions have their logits asked for: all but the first of them may be guesses at an answer."""
-
-
-@dataclass
-class _Kept:
-    """What a KV cache holds: `slots[stage]` `[batch, keys]`, the position of every key in the whole text, -1 a filler."""
-
-    schedule: dict[int, float]
-    slots: dict[int, Tensor]
-    covered: int
-    """Tokens that `slots` account for; those after them were all kept."""
-    plain: bool
-    """Whether no key is a filler or padding, so that a later token may see them all."""
-
-    def cut(self, length: int) -> _Kept:
-        """The same for a cache of which only the first `length` tokens are left."""
-        gone = self.covered - length
-        if any(bool((keys[:, -gone:] < length).any()) for keys in self.slots.values()):
-            raise EffllmError(
-                "the KV cache was cut where PyramidDrop had dropped tokens, and its layers no longer hold the same text: "
-                "start again from an empty cache"
-            )
-        slots = {stage: keys[:, :-gone] for stage, keys in self.slots.items()}
-        return _Kept(self.schedule, slots, length, self.plain)
-
-
-class _Probed(Exception):
-    """Ends a layer's forward once its queries and keys are known."""
-
-    def __init__(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None):
-        self.query, self.key, self.scaling, self.softcap = query, key, scaling, softcap
-
-
-def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    raise _Probed(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap"))
-
-
-AttentionInterface.register(PROBE, _probe)
-
-
-@dataclass
-class Ranking:
-    """What a scorer may use at a drop: all `[batch, tokens, ...]` of the tokens that are left before it."""
-
-    layer: Any
-    hidden: Tensor
-    previous: Tensor
-    """Hidden states one layer earlier."""
-    visual: Tensor
-    queries: Tensor
-    """Which tokens the ranking asks: the last of the prompt, or those before each answer of a training text."""
-    allowed: Tensor
-    """`[batch, tokens]`: tokens that are neither padding nor fillers."""
-    cached: Tensor
-    """`[batch, keys]`: which keys of the layer's KV cache, all from earlier turns, are neither."""
-    kwargs: dict[str, Any]
-
-    def attention(self) -> Tensor:
-        """Attention from the queries to every token `[batch, tokens]` in fp32, mean over heads and queries.
-
-        Queries and keys are those that this layer itself is about to compute (its norm, projections, rotary embedding).
-        """
-        rows = _left_filled(self.queries)
-        probed = self._probe(rows.clamp_min(0))
-        index = rows.clamp_min(0)[:, None, :, None].expand(-1, probed.query.shape[1], -1, probed.query.shape[-1])
-        query, key, seen = probed.query.gather(2, index), probed.key, self._sees(rows)
-        if self.cached.shape[1]:
-            key = torch.cat([self.kwargs["past_key_values"].layers[self.layer.self_attn.layer_idx].keys, key], dim=2)
-            seen = torch.cat([self.cached.unsqueeze(1).expand(-1, rows.shape[1], -1), seen], dim=2)
-        query = query.float().unflatten(1, (-1, query.shape[1] // key.shape[1]))
-        scores = query @ key.float().unsqueeze(2).transpose(-1, -2) * probed.scaling
-        if probed.softcap is not None:
-            scores = torch.tanh(scores / probed.softcap) * probed.softcap
-        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)[..., -self.hidden.shape[1] :]
-        weights = weights.flatten(1, 2).mean(1).masked_fill((rows < 0).unsqueeze(-1), 0)
-        return torch.div(weights.sum(1), (rows >= 0).sum(1, keepdim=True).clamp_min(1))
-
-    def _sees(self, rows: Tensor) -> Tensor:
-        """`[batch, queries, tokens]`: what the layer's mask lets each query see."""
-        count = self.hidden.shape[1]
-        mask = self.kwargs["attention_mask"]
-        if mask is not None and mask.dim() == 4:
-            seen = _take(mask[:, 0, :, -count:], rows)
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        else:
-            seen = torch.arange(count, device=rows.device) <= rows.unsqueeze(-1)
-        seen = seen & self.allowed.unsqueeze(1)
-        return seen | ~seen.any(-1, keepdim=True)
-
-    def _probe(self, rows: Tensor) -> _Probed:
-        """Runs a twin of the layer, which shares its weights, until its attention is called."""
-        twin, attention = _twin(self.layer), _twin(self.layer.self_attn)
-        twin._modules["self_attn"] = attention
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = PROBE
-        for name in {"q_proj", "v_proj"} & attention._modules.keys():
-            attention._modules[name] = _SomeRows(getattr(attention, name), rows)
-        try:
-            kwargs = {**self.kwargs, "past_key_values": None, "use_cache": False}
-            type(self.layer).forward(twin, self.hidden, **kwargs)
-        except _Probed as probed:
-            return probed
-        raise EffllmError(f"{type(self.layer).__name__} never called its attention, so its tokens cannot be ranked")
-
-
-class _SomeRows(nn.Module):
-    """A projection of a few rows; the others are zero."""
-
-    def __init__(self, projection: nn.Module, rows: Tensor):
-        super().__init__()
-        self.projection, self.rows = projection, rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.projection(_take(x, self.rows))
-        index = self.rows.unsqueeze(-1).expand_as(out)
-        return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter(1, index, out)
-
-
-def _twin(module: Any) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    twin.__dict__["training"] = False
-    return twin
-
-
-Scorer = Callable[[Ranking], Tensor]
-"""Scores `[batch, tokens]`; of the visual tokens those with the largest stay."""
-
-
-@dataclass
-class Stream:
-    """One forward of the decoder: which tokens are left, and what later layers must be told."""
-
-    call: _Call
-    real: Tensor
-    """`[batch, tokens]`: not padding."""
-    past: int
-    """Tokens before this forward, dropped ones included."""
-    old: _Kept | None
-    counts: list[int]
-    """Visual tokens of each row."""
-    form: Any
-    """The function that made the masks."""
-    stage: int = 0
-    left: Tensor | None = None
-    """Positions `[batch, tokens left]` within this forward, ascending, -1 a filler on the left; None while all are left."""
-    stages: dict[int, Tensor | None] = field(default_factory=dict)
-    lefts: list[Tensor | None] = field(default_factory=list)
-    """`left` of each layer."""
-    previous: Tensor | None = None
-    memo: dict[tuple[int, str, int], Any] = field(default_factory=dict)
-
-    def before(self, stage: int) -> Tensor:
-        """Positions `[batch, keys]` of the keys that layers of `stage` hold from earlier forwards."""
-        past = torch.arange(self.past, device=self.real.device).expand(len(self.real), -1)
-        slots = self.old.slots.get(stage) if self.old is not None else None
-        if slots is None or self.old is None:
-            return past
-        return torch.cat([slots.expand(len(self.real), -1), past[:, self.old.covered :]], dim=1)
-
-    def keys(self, stage: int) -> Tensor | None:
-        """Positions `[batch, keys]` in the whole text of what layers of `stage` attend to; None where it is all of it."""
-        if self.left is None and (self.old is None or stage not in self.old.slots):
-            return None
-        now = self.places()
-        return torch.cat([self.before(stage), torch.where(now < 0, now, now + self.past)], dim=1)
-
-    def places(self) -> Tensor:
-        """`left`, also where all are left."""
-        if self.left is not None:
-            return self.left
-        return torch.arange(self.real.shape[1], device=self.real.device).expand(len(self.real), -1)
-
-    def texts(self, places: Tensor) -> Tensor:
-        """Which `places` `[batch, n]` of the whole text are neither fillers nor padding."""
-        real = places >= 0
-        return real if self.call.mask is None else real & _take(self.call.mask, places).bool()
-
-    def dropped(self, stage: int) -> Tensor | int:
-        """How many tokens of each row were dropped before those of this forward, `[batch, 1]`."""
-        if self.old is None or stage not in self.old.slots:
-            return 0
-        all_ = torch.arange(self.old.covered, device=self.real.device).expand(len(self.real), -1)
-        slots = self.old.slots[stage].expand(len(self.real), -1)
-        return self.texts(all_).sum(1, keepdim=True) - self.texts(slots).sum(1, keepdim=True)
-
-    def queries(self) -> Tensor:
-        """`[batch, tokens]`: the last token of the prompt, or with labels the token before each answer."""
-        if self.call.labels is not None:
-            answer = self.call.labels != -100
-            first = torch.zeros_like(answer)
-            first[:, :-1] = answer[:, 1:] & ~answer[:, :-1]
-            return first
-        places = torch.arange(self.real.shape[1], device=self.real.device)
-        last = torch.where(self.real, places, -1).amax(1, keepdim=True)
-        asked = max(0, len(places) - (self.call.tail or 1))
-        return places == torch.where(self.real[:, asked : asked + 1], last.clamp_max(asked), last)
-
-    def kept(self, schedule: dict[int, float]) -> _Kept | None:
-        """What the KV cache holds after this forward."""
-        slots = {}
-        for stage, left in self.stages.items():
-            self.left = left
-            keys = self.keys(stage)
-            if keys is not None:
-                slots[stage] = keys
-        plain = (self.call.mask is None or bool(self.call.mask.all())) and all(
-            bool((x >= 0).all()) for x in slots.values()
-        )
-        return _Kept(schedule, slots, self.past + self.real.shape[1], plain) if slots else None
-
-
-def _left_filled(keep: Tensor) -> Tensor:
-    """Indices of the true entries of each row, ascending, filled on the left with -1 to the longest row."""
-    index = torch.where(keep, torch.arange(keep.shape[1], device=keep.device), -1).sort(dim=1).values
-    return index[:, keep.shape[1] - int(keep.sum(1).max()) :]
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """`x` `[batch or 1, tokens, ...]` at `index` `[batch, n]`."""
-    index = index.to(x.device)
-    rows = torch.arange(len(index), device=x.device).unsqueeze(1)
-    return x.expand(len(index), *x.shape[1:])[rows, index.clamp_min(0)]
 
 
 class VisualStream:
@@ -308,7 +72,7 @@ class VisualStream:
 
     @_uncompiled
     def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        call = _Call(self, _running.get())
+        call = Call(self, _running.get())
         _running.set(call)
         if args:
             kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
@@ -339,7 +103,7 @@ class VisualStream:
                 "PyramidDrop sees images and labels in the call of the whole model, and it was not called itself: call it, "
                 "not its inner model or its forward (PEFT before 0.21 does that: update it)"
             )
-        old: _Kept | None = getattr(cache, KEY, None)
+        old: Kept | None = getattr(cache, KEY, None)
         if call.visual is None and old is None:
             return None
         batch, length = kwargs["inputs_embeds"].shape[:2]
@@ -363,8 +127,8 @@ class VisualStream:
         counts = call.visual.sum(1).tolist() if call.visual is not None else []
         return args, {**kwargs, KEY: Stream(call, real, past, old, counts, form)}
 
-    def _refuse(self, call: _Call, cache: Any, form: Any, kwargs: dict[str, Any], total: int) -> None:
-        old: _Kept | None = getattr(cache, KEY, None)
+    def _refuse(self, call: Call, cache: Any, form: Any, kwargs: dict[str, Any], total: int) -> None:
+        old: Kept | None = getattr(cache, KEY, None)
         positions = kwargs.get("position_ids")
         if positions is not None and positions.dim() == 3:
             positions = positions[0] if len(positions) == 4 else None
@@ -408,7 +172,7 @@ class VisualStream:
 
     def _fit(self, stream: Stream, kwargs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """The layer's arguments for the tokens that are left."""
-        keys = stream.keys(stream.stage) if stream.stage else None
+        keys = self._memo(stream, "keys", None, lambda _: stream.keys(stream.stage)) if stream.stage else None
         if keys is None:
             return kwargs
         fitted = dict(kwargs)
@@ -443,7 +207,7 @@ class VisualStream:
         offset = stream.past + length - mask.shape[-1]  # a sliding cache holds the last keys only
         columns = torch.where(keys < offset, -1, keys - offset)
         if mask.dim() == 2:
-            return _take(mask, columns).masked_fill(columns < 0, 0)
+            return take(mask, columns).masked_fill(columns < 0, 0)
         columns = columns[:, max(0, columns.shape[1] - mask.shape[-1]) :]
         batch = torch.arange(len(rows), device=rows.device)[:, None, None]
         mask = mask.expand(len(rows), *mask.shape[1:])[:, 0]
@@ -453,20 +217,20 @@ class VisualStream:
     def _rotary(self, stream: Stream, kwargs: dict[str, Any], hidden: Tensor, embeddings: Any) -> Any:
         """Rotary embeddings of the tokens that are left: at their own positions, or (compact) numbered anew."""
         if not self.compact:
-            return tuple(_take(table, stream.places()) for table in embeddings)
+            return tuple(take(table, stream.places()) for table in embeddings)
         positions = kwargs["position_ids"].expand(len(stream.real), -1)
         dropped = stream.dropped(stream.stage)
         if stream.left is not None:
             kept = stream.left >= 0
             before = stream.real.long().cumsum(1) - stream.real.long()
-            dropped = dropped + _take(before, stream.left) - (kept.long().cumsum(1) - kept.long())
-            positions = _take(positions, stream.left)
+            dropped = dropped + take(before, stream.left) - (kept.long().cumsum(1) - kept.long())
+            positions = take(positions, stream.left)
         return self.rotary(hidden, (positions - dropped).clamp_min(0))  # type: ignore[misc]
 
     def _drop(self, stream: Stream, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Ranks the visual tokens that are left, and keeps this layer's share of them."""
         left, flags = stream.places(), (stream.call.visual, stream.real, stream.queries())
-        visual, real, queries = (_take(flag, left) & (left >= 0) for flag in flags)  # type: ignore[arg-type]
+        visual, real, queries = (take(flag, left) & (left >= 0) for flag in flags)  # type: ignore[arg-type]
         asked = (queries & ~visual).any(1, keepdim=True) & ~(queries & visual).any(1, keepdim=True)
         with torch.no_grad():
             scores = self.scorer(self._ranking(stream, layer, hidden, (visual, queries, real), kwargs)).to(
@@ -481,9 +245,9 @@ class VisualStream:
         keep = torch.where(visual, few | ~asked, real)
         if bool((keep | ~visual).all()):
             return hidden
-        local = _left_filled(keep)
-        stream.left = torch.where(local < 0, local, _take(left, local))
-        return _take(hidden, local)
+        local = left_filled(keep)
+        stream.left = torch.where(local < 0, local, take(left, local))
+        return take(hidden, local)
 
     @staticmethod
     def _ranking(stream: Stream, layer: nn.Module, hidden: Tensor, flags: Any, kwargs: dict[str, Any]) -> Ranking:
@@ -529,6 +293,8 @@ def _open(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Closes the columns of fillers, and lets each filler see itself so that no row is empty."""
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     mask = mask.masked_fill((columns < 0)[:, None, None, :], closed)
+    if rows.shape[1] == 1:  # a single token is no filler
+        return mask
     own = torch.arange(columns.shape[1], device=rows.device)
     own = own == own[columns.shape[1] - rows.shape[1] :].unsqueeze(1)
     return mask.masked_fill(((rows < 0).unsqueeze(-1) & own).unsqueeze(1), mask.dtype == torch.bool)
@@ -539,7 +305,7 @@ def _spread(hidden: Tensor | None, left: Tensor | None, length: int) -> Tensor |
     if hidden is None or left is None:
         return hidden
     places = torch.arange(length, device=left.device).expand(len(left), -1).contiguous()
-    return _take(hidden, torch.searchsorted(left.contiguous(), places, right=True) - 1)
+    return take(hidden, torch.searchsorted(left.contiguous(), places, right=True) - 1)
 
 
 def layer_kinds(text: Any) -> list[str]:

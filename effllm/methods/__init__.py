@@ -1,4 +1,4 @@
-"""One file a method. Names with a leading underscore are helpers, not methods.
+"""One file a method, or one small package. Names with a leading underscore are helpers, not methods.
 
 The package is also the function `effllm.methods()`: every registered method by name.
 """

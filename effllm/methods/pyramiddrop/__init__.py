@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -179,6 +180,11 @@ def apply_pyramiddrop(model: nn.Module, **settings: Any) -> Any:
     from effllm.method import validated
 
     return apply(model, validated(PyramidDrop, settings, "pyramiddrop"))
+
+
+_settings = inspect.signature(PyramidDrop).parameters.values()
+_model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+apply_pyramiddrop.__signature__ = inspect.Signature([_model, *_settings])  # type: ignore[attr-defined]
 
 
 def mean_share(schedule: dict[int, float], depth: int) -> float:

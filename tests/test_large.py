@@ -94,14 +94,17 @@ def test_printed_size_is_the_size_on_disk(compressed):
 
 
 def assert_loads_lean(folder: Path) -> None:
-    """Loading and running three tokens takes at most 1.3 times the stored bytes, beside what importing takes."""
-    empty = measured(sys.executable, "-c", "import torch, transformers")["peak"]
+    """Loading and running three tokens takes at most 1.15 times the stored bytes, beside what importing takes.
+
+    `import transformers` alone imports next to nothing; the base class of its models is what any model needs.
+    """
+    empty = measured(sys.executable, "-c", "import torch, transformers.modeling_utils")["peak"]
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     peak = measured(sys.executable, "-c", THREE_TOKENS, folder)["peak"]
     sys.stderr.write(
         f"{folder.name}: peak {peak / 1e6:.0f} MB, empty {empty / 1e6:.0f} MB, stored {stored / 1e6:.0f} MB\n"
     )
-    assert peak <= 1.3 * stored + empty, f"{(peak - empty) / stored:.2f} x the stored bytes"
+    assert peak <= 1.15 * stored + empty, f"{(peak - empty) / stored:.2f} x the stored bytes"
 
 
 @pytest.mark.slow

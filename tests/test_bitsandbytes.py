@@ -99,11 +99,13 @@ def test_any_row_length_round_trips_and_is_counted(spec, columns):
 @pytest.mark.parametrize("spec", SPECS)
 def test_equal_bytes_whatever_the_chunking(spec, monkeypatch):
     import effllm.methods.bitsandbytes as module
+    from effllm.methods import _by_rows
 
     codec = from_spec(spec)
     whole = codec.encode(weights())
     product = codec.linear(weights(3), whole, (48, 256))
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    for each in (module, _by_rows):
+        monkeypatch.setattr(each, "CHUNK", 1000)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in codec.encode(weights()).items())
     torch.testing.assert_close(codec.linear(weights(3), whole, (48, 256)), product)
 

@@ -63,7 +63,7 @@ def test_equal_bytes_whatever_the_chunking(monkeypatch):
 
     weight = weights(64, 256)
     whole = Quantize(bits=3).encode(weight)
-    monkeypatch.setattr(module, "CHUNK", 1000)
+    monkeypatch.setattr(module, "ENCODE_CHUNK", 1000)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in Quantize(bits=3).encode(weight).items())
 
 

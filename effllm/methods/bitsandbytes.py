@@ -13,11 +13,11 @@ from torch import Tensor
 
 from effllm.errors import EffllmError
 from effllm.method import Codec
+from effllm.methods._by_rows import CHUNK, encode_by_rows, linear_by_rows
 
 if TYPE_CHECKING:
     from effllm.site import Site
 
-CHUNK = 1 << 19  # weights per step: temporaries stay small, and no matrix is ever dense as a whole
 NESTED = 256  # scales that share one scale under double quantization
 FP16_MAX = 65504.0
 OPS = torch.ops.bitsandbytes  # resolved at each use; `load` fills it
@@ -98,9 +98,7 @@ class Bitsandbytes(Codec):
         return [cls(type="int8"), *blocks]
 
     def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
-        step = len(weight) if weight.is_meta else max(1, CHUNK // weight.shape[1])
-        chunks = [self._encode_rows(rows) for rows in weight.split(step)]
-        stored = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        stored = encode_by_rows(self._encode_rows, weight, CHUNK)
         if self.double_quant:
             mean = stored["absmax"].view(-1).mean(0, keepdim=True)
             table = dynamic_table(weight.device)
@@ -131,9 +129,7 @@ class Bitsandbytes(Codec):
             return self._fused(x, data, shape)
         if torch.compiler.is_compiling():
             return super().linear(x, data, shape)
-        step = max(1, CHUNK // shape[1])
-        slices = [slice(start, start + step) for start in range(0, shape[0], step)]
-        return torch.cat([F.linear(x, self.decode_rows(data, s, shape).to(x.dtype)) for s in slices], dim=-1)
+        return linear_by_rows(self, x, data, shape)
 
     def _fits_fused(self, x: Tensor, shape: tuple[int, int]) -> bool:
         whole_blocks = self.type != "int8" and shape[1] % self.blocksize == 0

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from effllm.method import Codec
+from effllm.methods._by_rows import encode_by_rows, linear_by_rows
 from effllm.packing import pack, unpack
 
 if TYPE_CHECKING:
     from effllm.site import Site
 
 ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratch tensor, both fp32, fit a core's cache
-CHUNK = 1 << 19  # weights per step: fp32 temporaries stay in the cache, and no matrix is ever dense as a whole
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
@@ -54,9 +54,7 @@ class Quantize(Codec):
     def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
         if self.group_size == "tensor":
             weight = weight.reshape(1, -1)
-        step = len(weight) if weight.is_meta else max(1, ENCODE_CHUNK // weight.shape[1])
-        chunks = [self._encode_rows(rows) for rows in weight.split(step)]
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return encode_by_rows(self._encode_rows, weight, ENCODE_CHUNK)
 
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         rows, columns = (1, math.prod(shape)) if self.group_size == "tensor" else shape
@@ -77,9 +75,7 @@ class Quantize(Codec):
     def linear(self, x: Tensor, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         if torch.compiler.is_compiling() or self.group_size == "tensor":
             return super().linear(x, data, shape)
-        step = max(1, CHUNK // shape[1])
-        slices = [slice(start, start + step) for start in range(0, shape[0], step)]
-        return torch.cat([F.linear(x, self.decode_rows(data, s, shape).to(x.dtype)) for s in slices], dim=-1)
+        return linear_by_rows(self, x, data, shape)
 
     def _groups(self, columns: int) -> tuple[int, int]:
         size = columns if isinstance(self.group_size, str) else min(self.group_size, columns)

@@ -19,7 +19,7 @@ from effllm.layers.placing import by_parameter, codec_modules, encode, install, 
 from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
-from effllm.site import Site
+from effllm.site import Site, unchanged
 from effllm.source import Batch, LiveModel
 from effllm.surgery import refit_norms, refits_norms
 
@@ -56,7 +56,7 @@ def compress(
     refuse_misfit(model, source.sites, wanted)
     batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
     assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
-    for line in remarks(model, source.sites, wanted, assigned):
+    for line in remarks(model, source.sites, wanted, unchanged(model, source.sites, assigned)):
         logger.warning(line)
     members = by_parameter(source.sites, assigned)
     state = model.state_dict()

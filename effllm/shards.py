@@ -16,8 +16,7 @@ from effllm import hf
 from effllm.checkpoint.skeleton import quiet
 from effllm.data.inputs import folder_batches
 from effllm.journal import file_digest
-from effllm.layers.placing import by_parameter, encode, encoded_module, install, refuse_nonfinite
-from effllm.method import Codec
+from effllm.layers.placing import Members, encode, encoded_module, install, refuse_nonfinite
 from effllm.plans import Plan
 from effllm.site import norms_with_statistics
 from effllm.source import StoredModel
@@ -32,25 +31,28 @@ def shard_units(source: StoredModel, plan: Plan) -> list[str]:
     return [*source.units, *extra, *([NORMS] if refits_norms(source.model, plan) else [])]
 
 
-def unit_tensors(source: StoredModel, plan: Plan, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
-    """What the shard of a unit holds. Statistics that are refitted have a shard of their own, made from the whole model."""
+def unit_tensors(source: StoredModel, plan: Plan, unit: str, members: dict[str, Members]) -> dict[str, Tensor]:
+    """What the shard of a unit holds, with `members` from `by_parameter`.
+
+    Statistics that are refitted have a shard of their own, made from the whole model.
+    """
     if unit == EXTRA:
         return _extra(source)
     if unit == NORMS:
-        return _norms(source, plan, assigned)
-    tensors = _encode_unit(source, unit, assigned)
+        return _norms(source, plan, members)
+    tensors = _encode_unit(source, unit, members)
     if refits_norms(source.model, plan):
         stale = {f"{name}.{key}" for name in norms_with_statistics(source.model) for key in STATISTICS}
         return {name: tensor for name, tensor in tensors.items() if name not in stale}
     return tensors
 
 
-def _norms(source: StoredModel, plan: Plan, assigned: dict[str, Codec]) -> dict[str, Tensor]:
+def _norms(source: StoredModel, plan: Plan, members: dict[str, Members]) -> dict[str, Tensor]:
     """The statistics of batch norms in the compressed model, which is in memory as a whole for it."""
     with quiet():
         model = type(source.model).from_pretrained(source.checkpoint.folder, dtype=source.dtype).eval()
-    for members in by_parameter(source.sites, assigned).values():
-        install(model, members, encode(model, members))
+    for groups in members.values():
+        install(model, groups, encode(model, groups))
     return refit_norms(model, folder_batches(plan.calibration, model, source.checkpoint.folder))
 
 
@@ -59,10 +61,9 @@ def _extra(source: StoredModel) -> dict[str, Tensor]:
     return {key: source.raw(key) for key in source.unloaded}
 
 
-def _encode_unit(source: StoredModel, unit: str, assigned: dict[str, Codec]) -> dict[str, Tensor]:
+def _encode_unit(source: StoredModel, unit: str, members: dict[str, Members]) -> dict[str, Tensor]:
     """Everything that the output stores of one unit, by module path."""
     tensors: dict[str, Tensor] = {}
-    members = by_parameter(source.sites, assigned)
     dense = source.model.state_dict().keys()
     with source.resident(unit):
         for name in source.units[unit]:

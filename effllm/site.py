@@ -105,7 +105,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Every weight of `model` that a codec can replace, in module order. Works on the meta device."""
     blocks = find_blocks(model)
     tied = _tied_modules(model)
-    weights = [(name, module) for name, module in _weights(model, experts=True) if name not in tied]
+    weights = [(name, module) for name, module in _weights(model) if name not in tied]
     sites = []
     for index, (name, module) in enumerate(weights):
         block = next((b for b in blocks if name == b or name.startswith(b + ".")), None)
@@ -117,18 +117,16 @@ def find_sites(model: nn.Module) -> list[Site]:
             role = "head"
         if _is_experts(module):
             for parameter, weight in _expert_parameters(module):
-                rows, columns = weight.shape[1:][:: -1 if cast(Any, module).is_transposed else 1]
-                path = f"{name}.{parameter}"
-                sites += [Site(f"{path}.{e}", (rows, columns), role, block, expert=e) for e in range(len(weight))]
+                path, shape = f"{name}.{parameter}", expert_shape(module, weight)
+                sites += [Site(f"{path}.{e}", shape, role, block, expert=e) for e in range(len(weight))]
         else:
             partners = tuple(target for target, source in tied.items() if source == name)
             sites.append(Site(name, matrix_shape(module), role, block, partners))
     return sites
 
 
-def unchanged(model: nn.Module, assigned: Collection[str]) -> list[tuple[str, float, str]]:
+def unchanged(model: nn.Module, sites: list[Site], assigned: Collection[str]) -> list[tuple[str, float, str]]:
     """Weights above 1 % of the model's bytes that are at no site in `assigned`: name, share of the bytes, and why."""
-    sites = find_sites(model)
     tied = {f"{name}.weight" for site in sites for name in site.tied}
     known = {site.parameter for site in sites}
     left = {site.parameter for site in sites if site.name not in assigned}
@@ -169,9 +167,15 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, CONVOLUTIONS):
         return module.out_channels, module.weight[0].numel()
     if _is_experts(module):
-        return _expert_parameters(module)[-1][1].shape[1:][:: -1 if cast(Any, module).is_transposed else 1]  # type: ignore[return-value]
+        return expert_shape(module, _expert_parameters(module)[-1][1])
     rows, columns = cast(torch.Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def expert_shape(module: nn.Module, weight: torch.Tensor) -> tuple[int, int]:
+    """`[rows, columns]` of one expert of `weight`, which an experts module may hold as `[experts, in, out]`."""
+    _, one, other = weight.shape
+    return (other, one) if cast(Any, module).is_transposed else (one, other)
 
 
 def _weights(model: nn.Module, experts: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -29,7 +29,7 @@ from effllm.data.inputs import folder_batches, refuse_default
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
 from effllm.journal import RunJournal, edit_entries, entries, shapes
-from effllm.layers.placing import return_freed_memory
+from effllm.layers.placing import by_parameter, return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
@@ -40,7 +40,7 @@ from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
-from effllm.site import Site
+from effllm.site import Site, unchanged
 from effllm.source import Source, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
         return _result(run, began, None, "finished by another process")
     try:
         assigned = _choose(run, source, journal)
-        for line in remarks(source.model, source.sites, run.plan, assigned):
+        left = unchanged(source.model, source.sites, assigned)
+        for line in remarks(source.model, source.sites, run.plan, left):
             logger.warning(line)
         for name in source.unloaded:
             logger.warning("not loaded by the class, kept byte for byte: %s", name)
@@ -265,7 +266,7 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
 
 def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[dict[str, Any]]:
     """Writes one shard a unit, skipping those that are done; returns the journal's lines once every one stands."""
-    units = shard_units(source, run.plan)
+    units, members = shard_units(source, run.plan), by_parameter(source.sites, assigned)
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
     waiting = False
     while True:
@@ -276,7 +277,7 @@ def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal:
         for unit in track(pending, "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
-                    tensors = unit_tensors(source, run.plan, unit, assigned)
+                    tensors = unit_tensors(source, run.plan, unit, members)
                     digest = write_shard(run.partial / files[unit], tensors)
                     checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
                     journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)

@@ -45,28 +45,8 @@ def plans(calibration: str | None) -> dict[str, Plan]:
     def uniform(codec: str) -> Plan:
         return load_plan({"steps": [{"sites": ["*"], "use": f"quantize:{codec}"}]})
 
-    rows = {
-        8: ("row", "row,symmetric=true", "tensor", "tensor,symmetric=true"),
-        6: ("row", "tensor"),
-        4: (
-            "row",
-            "row,symmetric=true",
-            "row,range=minmax",
-            "tensor",
-            "tensor,symmetric=true",
-            "32",
-            "32,range=minmax",
-        ),
-        3: (
-            "row",
-            "row,symmetric=true",
-            "row,range=minmax",
-            "tensor",
-            "tensor,symmetric=true",
-            "32",
-            "32,range=minmax",
-        ),
-    }
+    few = ("row", "row,symmetric=true", "row,range=minmax", "tensor", "tensor,symmetric=true", "32", "32,range=minmax")
+    rows = {8: ("row", "row,symmetric=true", "tensor", "tensor,symmetric=true"), 6: ("row", "tensor"), 4: few, 3: few}
     words = {"row": "per channel", "tensor": "per tensor", "32": "in groups of 32", "range=minmax": "minmax"}
     found = {}
     for bits, choices in rows.items():

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from effllm.checkpoint import read_config
 from effllm.checkpoint.skeleton import load_config
+from effllm.data import spread
 from effllm.data.text import load_dataset
 from effllm.errors import EffllmError, UsageError
 
@@ -74,10 +75,8 @@ def labelled_batches(
 def _parts(opened: list[ImageSource], samples: int | None, batch_size: int) -> Iterator[tuple[ImageSource, list[int]]]:
     """Source and picture numbers of each batch."""
     for source in opened:
-        share = source.count if samples is None else max(1, round(samples / len(opened)))
-        count = min(share, source.count)
-        chosen = [index * source.count // count for index in range(count)]
-        for start in range(0, count, batch_size):
+        chosen = spread(source.count, source.count if samples is None else max(1, round(samples / len(opened))))
+        for start in range(0, len(chosen), batch_size):
             yield source, chosen[start : start + batch_size]
 
 

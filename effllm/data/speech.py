@@ -14,6 +14,7 @@ from transformers import AutoFeatureExtractor, PreTrainedConfig, PreTrainedToken
 
 from effllm.checkpoint import read_config
 from effllm.checkpoint.skeleton import load_config
+from effllm.data import spread
 from effllm.data.text import load_tokenizer
 from effllm.errors import EffllmError, UsageError
 
@@ -54,8 +55,7 @@ def _spread(source: str, samples: int) -> list[Path]:
     files = sorted(file for file in Path(source).iterdir() if file.suffix.lower() == ".wav")
     if not files:
         raise EffllmError(f"{source} holds no .wav file; speech models learn from a folder of them")
-    count = min(samples, len(files))
-    return [files[index * len(files) // count] for index in range(count)]
+    return [files[number] for number in spread(len(files), samples)]
 
 
 def _load_extractor(folder: Path) -> Any:

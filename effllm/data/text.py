@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from effllm.data import spread
 from effllm.errors import EffllmError, UsageError
 
 CALIBRATION_TEXT = "calibration.txt"
@@ -97,8 +98,7 @@ def windows_of(
     available = len(ids) // body
     if available == 0:
         raise EffllmError(f"{source} has {len(ids)} tokens, fewer than one window of {length}; give more text")
-    count = available if samples is None else min(samples, available)
-    starts = [index * available // count * body for index in range(count)]
+    starts = [window * body for window in spread(available, available if samples is None else samples)]
     return torch.tensor([begin + ids[start : start + body] for start in starts])
 
 

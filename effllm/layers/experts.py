@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effllm.layers.base import CodecModule
 from effllm.method import Codec
+from effllm.site import expert_shape
 
 
 class CodecExpertGroup(CodecModule):
@@ -66,12 +67,6 @@ class CodecExpertWeights(nn.Module):
         matrix = group.one(group.experts.index(number)).to(self.compute_dtype)
         return cast(Tensor, matrix.t() if self.transposed else matrix)
 
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Shape of the dense parameter."""
-        rows, columns = next(group for group in self._groups() if isinstance(group, CodecExpertGroup)).matrix_shape
-        return (len(self), columns, rows) if self.transposed else (len(self), rows, columns)
-
     def decoded(self) -> Tensor:
         """The dense parameter."""
         return torch.stack([self[expert] for expert in range(len(self))])
@@ -113,8 +108,7 @@ def codec_experts(module: nn.Module, parameter: str, groups: Mapping[Codec, tupl
     `groups` says which experts have each codec, `stored` their stacked tensors; other experts stay dense.
     """
     weight = cast(nn.Parameter, getattr(module, parameter))
-    transposed = bool(cast(Any, module).is_transposed)
-    shape = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
+    transposed, shape = bool(cast(Any, module).is_transposed), expert_shape(module, weight)
     members: list[CodecExpertGroup | DenseExpertGroup] = []
     for codec, experts in groups.items():
         group = CodecExpertGroup()

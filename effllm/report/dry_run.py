@@ -114,6 +114,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
     counted = [site for site in sites if site.name not in excluded]
     weights_bytes = outside + sum(chosen.values()) + extra
     memory = Memory(weights_bytes, kv_cache(model.config, context, dtype), scratch(sites, model.config, context, dtype))
+    left = unchanged(model, sites, options)
     return DryRun(
         model=name,
         plan=wanted,
@@ -125,8 +126,8 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
         context=context,
         working_memory_bytes=working_memory(model, sites, wanted, dtype),
         seconds=_estimate_seconds(sites, options, wanted, dtype),
-        unchanged=unchanged(model, options),
-        remarks=remarks(model, sites, wanted, options),
+        unchanged=left,
+        remarks=remarks(model, sites, wanted, left),
         unloaded=unloaded,
     )
 

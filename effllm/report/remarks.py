@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import nn
 
 from effllm.plans import Plan
-from effllm.site import Site, norms_with_statistics, unchanged
+from effllm.site import Site, norms_with_statistics
 from effllm.surgery import ENOUGH, refits_norms
 
 
-def remarks(model: nn.Module, sites: list[Site], plan: Plan, assigned: Collection[str]) -> list[str]:
-    """Steps with nothing to act on, large weights that stay, and statistics that no longer fit the weights."""
+def remarks(model: nn.Module, sites: list[Site], plan: Plan, left: list[tuple[str, float, str]]) -> list[str]:
+    """Steps with nothing to act on, large weights that stay (`left`, as `unchanged` gives them), and statistics that no
+    longer fit the weights."""
     lines = [f"plan {plan.name}: {step} has nothing to act on in this model" for step in plan.idle(sites)]
-    for name, share, why in unchanged(model, assigned):
+    for name, share, why in left:
         lines.append(f"stays as it is: {name}, {share:.1%} of the bytes ({why})")
     lines += [f"on the loaded model: {edit.label()}" for edit in plan.edits()]
     norms = norms_with_statistics(model)

@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, flash_attention_mask, sdpa_mask
 
 from effllm.errors import EffllmError
-from effllm.methods.pyramiddrop.ranking import Ranking, Scorer, left_filled, take
+from effllm.methods.pyramiddrop.ranking import Ranking, Scorer, kv_cache, left_filled, take
 from effllm.methods.pyramiddrop.stream import Call, Kept, Stream
 
 KEY = "effllm_visual_stream"
@@ -97,7 +97,7 @@ class VisualStream:
 
     @_uncompiled
     def _begin(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        call, cache = _running.get(), kwargs.get("past_key_values")
+        call, cache = _running.get(), kv_cache(kwargs)
         if call is None or call.owner is not self:
             raise EffllmError(
                 "PyramidDrop sees images and labels in the call of the whole model, and it was not called itself: call it, "
@@ -274,8 +274,8 @@ class VisualStream:
         if output.get("hidden_states") is not None:
             spread = [_spread(value, left, length) for value, left in zip(output["hidden_states"], lefts, strict=True)]
             output["hidden_states"] = tuple(spread)
-        cache = kwargs.get("past_key_values")
-        cache = output.get("past_key_values") if cache is None else cache
+        cache = kv_cache(kwargs)
+        cache = kv_cache(output) if cache is None else cache
         if isinstance(cache, Cache) and stream.call.visual is not None:
             setattr(cache, KEY, stream.kept(self.schedule))
 

@@ -14,6 +14,12 @@ from transformers import AttentionInterface
 from effllm.errors import EffllmError
 
 PROBE = "effllm_probe"
+CACHE = ("cache", "past_key_values")  # what a KV cache is called since transformers 5.24, and before
+
+
+def kv_cache(arguments: Any) -> Any:
+    """The KV cache among the arguments or results of a module; None where there is none."""
+    return next((arguments[name] for name in CACHE if arguments.get(name) is not None), None)
 
 
 class _Probed(Exception):
@@ -58,7 +64,7 @@ class Ranking:
         query, probed = self._probe(rows.clamp_min(0))
         key, seen = probed.key, self._sees(rows)
         if self.cached.shape[1]:
-            key = torch.cat([self.kwargs["past_key_values"].layers[self.layer.self_attn.layer_idx].keys, key], dim=2)
+            key = torch.cat([kv_cache(self.kwargs).layers[self.layer.self_attn.layer_idx].keys, key], dim=2)
             seen = torch.cat([self.cached.unsqueeze(1).expand(-1, rows.shape[1], -1), seen], dim=2)
         query = query.float().unflatten(1, (-1, query.shape[1] // key.shape[1]))
         scores = query @ key.float().unsqueeze(2).transpose(-1, -2) * probed.scaling
@@ -104,7 +110,9 @@ class Ranking:
         attention.config = copy.copy(attention.config)
         attention.config._attn_implementation_internal = PROBE
         try:
-            type(self.layer).forward(twin, hidden, **{**kwargs, "past_key_values": None, "use_cache": False})
+            type(self.layer).forward(
+                twin, hidden, **{**kwargs, **dict.fromkeys(kwargs.keys() & set(CACHE)), "use_cache": False}
+            )
         except _Probed as probed:
             return probed
         raise EffllmError(f"{type(self.layer).__name__} never called its attention, so its tokens cannot be ranked")

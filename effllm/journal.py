@@ -197,6 +197,10 @@ class RunJournal:
                 return line if file is None or self._intact(self.folder / file, line["sha256"]) else None
         return None
 
+    def all(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Every line of a kind by name, in the order in which they were added."""
+        return {line["name"]: line for line in self._lines() if line.get("kind") == kind}
+
     @staticmethod
     def _intact(file: Path, digest: str) -> bool:
         return file.is_file() and file_digest(file) == digest
@@ -211,6 +215,12 @@ class RunJournal:
                 yield False
                 return
             yield True
+
+    def restart(self) -> None:
+        """Forgets everything that was added."""
+        key = self._lines()[0]
+        self.path.unlink()
+        self._append(key)
 
     def discard(self) -> None:
         """Deletes the folder if nothing in it is finished, so that it does not stand in another run's way."""

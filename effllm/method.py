@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from effllm.errors import UsageError, nearest
 
 if TYPE_CHECKING:
+    from effllm.moments import Moments
     from effllm.site import Site
     from effllm.source import Batch, Source
 
@@ -72,12 +73,12 @@ class Codec(Method):
         raise NotImplementedError
 
     @abstractmethod
-    def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, moments: Moments | None = None) -> dict[str, Tensor]:
         """Exactly the tensors that are stored for `weight` `[rows, columns]`, so that the rate is counted.
 
-        `moments` is the input second-moment matrix `[columns, columns]`, or None without data. Also called with a
-        `weight` on the meta device, to learn names, shapes and dtypes: shapes must not depend on values. No tensor may
-        be called `weight`: a reader that does not know the codec would take it for the dense matrix.
+        `moments` is what an error costs, or None without data; `moments.solving` is the metric to solve it in. Also
+        called with a `weight` on the meta device, to learn names, shapes and dtypes: shapes must not depend on values. No
+        tensor may be called `weight`: a reader that does not know the codec would take it for the dense matrix.
         """
 
     @abstractmethod

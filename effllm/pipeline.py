@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +16,23 @@ from effllm.checkpoint import resolve
 from effllm.data.inputs import BATCH, calibration_batches, folder_batches, modality, refuse_default
 from effllm.data.text import Document, load_tokenizer, windows_of
 from effllm.errors import EffllmError, UsageError
-from effllm.layers.placing import by_parameter, codec_modules, encode, install, refuse_nonfinite
+from effllm.layers.placing import (
+    Members,
+    Stored,
+    by_parameter,
+    codec_modules,
+    decode_stored,
+    encode,
+    install,
+    refuse_nonfinite,
+)
+from effllm.method import Codec
 from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.site import Site, unchanged
-from effllm.source import Batch, LiveModel
+from effllm.source import Batch, LiveModel, Source
+from effllm.spending import Priced, price_live
 from effllm.surgery import refit_norms, refits_norms
 
 logger = logging.getLogger(__name__)
@@ -55,16 +67,24 @@ def compress(
     source = LiveModel(model)
     refuse_misfit(model, source.sites, wanted)
     batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
-    assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
-    for line in remarks(model, source.sites, wanted, unchanged(model, source.sites, assigned)):
-        logger.warning(line)
-    members = by_parameter(source.sites, assigned)
-    state = model.state_dict()
-    for name in members:
-        refuse_nonfinite(name, state[name])
-    del state
-    for groups in track(members.values(), "compress"):
-        install(model, groups, encode(model, groups))
+    with tempfile.TemporaryDirectory(prefix="effllm-") as folder:
+        priced = price_live(wanted, model, batches, Path(folder)) if wanted.limited or wanted.solves else None
+        if priced is not None and wanted.limited:
+            tied = {f"{name}.weight" for site in source.sites for name in site.tied}
+            original = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied)
+            assigned = priced.solution(model, original, {}).assigned
+        else:
+            assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
+        for line in remarks(model, source.sites, wanted, unchanged(model, source.sites, assigned)):
+            logger.warning(line)
+        members = by_parameter(source.sites, assigned)
+        state = model.state_dict()
+        for name in members:
+            refuse_nonfinite(name, state[name])
+        del state
+        stored = _solved(source, priced, assigned, members) if priced is not None and priced.prices is not None else {}
+    for name, groups in track(members.items(), "compress"):
+        install(model, groups, stored.pop(name) if name in stored else encode(model, groups))
     if refits_norms(model, wanted):
         refit_norms(model, batches)
     hf.mark_compressed(model, source.sites, assigned, wanted)
@@ -72,6 +92,24 @@ def compress(
         edit.attach(model)
     model.effllm_report = {name: codec.label() for name, codec in assigned.items()}  # type: ignore[assignment]
     return model
+
+
+def _solved(
+    source: Source, priced: Priced, assigned: dict[str, Codec], members: dict[str, Members]
+) -> dict[str, Stored]:
+    """What is stored for every parameter whose sites have moments."""
+    stored: dict[str, Stored] = {}
+
+    def encoded(unit: str) -> dict[str, Tensor]:
+        names = [name for name in source.units[unit] if name in stored]
+        return {name: decode_stored(source.model, members[name], stored[name]) for name in names}
+
+    compressed = encoded if priced.plan.inputs == "compressed" else None
+    for unit, found in track(priced.again(assigned, compressed), "solve"):
+        for name in source.units[unit]:
+            if name in members:
+                stored[name] = encode(source.model, members[name], found)
+    return stored
 
 
 def _live_batches(

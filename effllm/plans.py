@@ -8,22 +8,43 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from effllm.allocation.budget import Budget
 from effllm.errors import UsageError, nearest
-from effllm.method import Codec, Edit, Score, from_spec, validated
+from effllm.method import Codec, Edit, Score, from_spec, method_class, validated
 from effllm.site import Site
 
+Effort = Literal["fast", "normal", "best"]
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
 
 _as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
 CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
 EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), _as_spec]
+ChoiceField = Annotated[
+    str | Codec,
+    BeforeValidator(lambda value: _choice(value)),
+    PlainSerializer(lambda choice: choice if isinstance(choice, str) else {choice.name(): choice.settings()}),
+]
+BudgetField = Annotated[str, AfterValidator(lambda text: _budget(text))]
 ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
+
+
+def _budget(text: str) -> str:
+    Budget.parse(text)
+    return text
+
+
+def _choice(value: Any) -> str | Codec:
+    """A codec with its settings, or the name of one, which stands for its whole grid."""
+    if isinstance(value, str) and ":" not in value:
+        method_class(value, Codec)
+        return value
+    return from_spec(value, Codec)  # type: ignore[no-any-return]
 
 
 class _Strict(BaseModel):
@@ -42,7 +63,9 @@ class Calibration(_Strict):
 class Step(_Strict):
     """What happens to some sites: one codec for all (`use`), or two, given out by an ordering of the blocks.
 
-    Or, without sites, an edit of the whole model: `apply`.
+    Or several, among which the allocator chooses one a site within the plan's budget (`choose`): codecs with settings, or
+    names of codecs, each of which stands for all options that it has for a site. Or, without sites, an edit of the whole
+    model: `apply`.
 
     `sites` are globs on module paths, or the words `blocks` (weights inside the repeated blocks), `embeddings` and
     `head`. With `order`, the most important blocks get `high` and the others `low`, with as many blocks at `high` as
@@ -52,6 +75,7 @@ class Step(_Strict):
     sites: list[str] = []
     apply: EditField | None = None
     use: CodecField | None = None
+    choose: list[ChoiceField] = []
     order: ScoreField | None = None
     high: CodecField | None = None
     low: CodecField | None = None
@@ -61,14 +85,16 @@ class Step(_Strict):
     def _one_form(self) -> Step:
         ordered = [self.order, self.high, self.low, self.average_bits]
         if self.apply is not None:
-            if self.sites or self.use is not None or ordered.count(None) < 4:
+            if self.sites or self.use is not None or self.choose or ordered.count(None) < 4:
                 raise ValueError("'apply' edits the whole model: such a step has no other key")
             return self
         if not self.sites:
             raise ValueError("a step needs 'sites': globs on module paths, or blocks, embeddings, head")
-        if (self.use is None) == (ordered.count(None) == 4):
-            raise ValueError("a step has either 'use' or all of 'order', 'high', 'low' and 'average_bits'")
-        if self.use is None:
+        if (self.use is not None) + bool(self.choose) + (ordered.count(None) < 4) != 1:
+            raise ValueError(
+                "a step has either 'use', or 'choose', or all of 'order', 'high', 'low' and 'average_bits'"
+            )
+        if ordered.count(None) < 4:
             if None in ordered:
                 raise ValueError("a step with 'order' also needs 'high', 'low' and 'average_bits'")
             low, high = (getattr(codec, "bits", None) for codec in (self.low, self.high))
@@ -78,6 +104,16 @@ class Step(_Strict):
                 raise ValueError(f"average_bits = {self.average_bits} lies outside {low} to {high}")
         return self
 
+    def codecs(self, site: Site) -> tuple[Codec, ...]:
+        """What the step may give a site."""
+        if self.use is not None:
+            return (self.use,)
+        if self.choose:
+            grids = [method_class(c, Codec).grid(site) if isinstance(c, str) else [c] for c in self.choose]
+            return tuple(dict.fromkeys(codec for grid in grids for codec in grid))
+        assert self.high is not None and self.low is not None
+        return (self.high, self.low)
+
     def high_blocks(self, blocks: int) -> int:
         """How many of `blocks` blocks get `high`."""
         low, high = (getattr(codec, "bits", 0) for codec in (self.low, self.high))
@@ -85,25 +121,68 @@ class Step(_Strict):
 
 
 class Plan(_Strict):
-    """Calibration data and ordered steps; where steps overlap, the later one decides."""
+    """A budget, calibration data and ordered steps; where steps overlap, the later one decides.
+
+    With a budget the allocator chooses for every site among what its step may give it, and may leave it as it is.
+    """
 
     name: str = "custom"
     description: str = ""
+    budget: BudgetField | None = None
+    """`2GB`, `4.25bpw` or `0.25x`; see `effllm.allocation.budget`."""
+    ram: BudgetField | None = None
+    """A budget for weights, KV cache and scratch together, at `context` tokens."""
+    context: int = Field(default=4096, ge=1)
+    groups: list[list[str]] = []
+    """Lists of globs: sites of one block that one list matches get the same option, as engines need that fuse them."""
+    effort: Effort = "fast"
+    """`fast` needs no data: options are compared by relative error, weights rounded to nearest. `normal`, what a budget
+    implies, prices options in KL on the calibration data and solves each weight in its metric. `best` also trains."""
+    inputs: Literal["original", "compressed"] = "original"
+    """What the metric is made of: the inputs that the original model sees, or those that the compressed blocks give."""
     calibration: Calibration = Calibration()
     exclude: list[str] = []
     steps: list[Step] = Field(min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_budget_is_spent_on_data(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (values.get("budget") or values.get("ram")):
+            return {"effort": "normal", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.budget and self.ram:
+            raise ValueError("a plan has one budget: 'budget' for weight files, or 'ram' for all that a run holds")
+        if not self.limited and any(step.choose for step in self.steps):
+            raise ValueError("a step with 'choose' needs a budget, such as budget: 2GB or budget: 4.25bpw (--budget)")
+        return self
+
+    @property
+    def limited(self) -> bool:
+        """Whether a budget decides what sites get."""
+        return bool(self.budget or self.ram)
+
     @property
     def needs_data(self) -> bool:
-        """Whether carrying out the plan needs calibration text."""
-        return any(step.order is not None and step.order.needs_data for step in self.steps)
+        """Whether carrying out the plan needs calibration data."""
+        ordered = not self.limited and any(step.order and step.order.needs_data for step in self.steps)
+        return ordered or self.effort != "fast"
+
+    @property
+    def solves(self) -> bool:
+        """Whether sites are encoded in the metric of the calibration data."""
+        return self.effort != "fast"
 
     def edits(self) -> list[Edit]:
         """The edits of the whole model, in order."""
         return [step.apply for step in self.steps if step.apply is not None]
 
     def scores(self) -> list[Score]:
-        """The distinct scores that the plan needs, in order."""
+        """The distinct scores that the plan needs, in order; none where a budget decides."""
+        if self.limited:
+            return []
         return list(dict.fromkeys(step.order for step in self.steps if step.order is not None))
 
     def assign(self, sites: list[Site], ranks: dict[Score, dict[str, float]]) -> dict[str, Codec]:
@@ -133,11 +212,10 @@ class Plan(_Strict):
         return {site.name: assigned[site.name] for site in sites if site.name in assigned}
 
     def options(self, sites: list[Site]) -> dict[str, tuple[Codec, ...]]:
-        """Site name -> the codecs it may get: one where the plan fixes it, two where an ordering decides."""
+        """Site name -> the codecs it may get: one where the plan fixes it, several where an ordering or a budget decides."""
         found: dict[str, tuple[Codec, ...]] = {}
         for step, members in self._members(sites):
-            choice = (step.use,) if step.use is not None else (step.high, step.low)
-            found |= {site.name: choice for site in members}  # type: ignore[misc]
+            found |= {site.name: choice for site in members if (choice := step.codecs(site))}
         return {site.name: found[site.name] for site in sites if site.name in found}
 
     def idle(self, sites: list[Site]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from effllm import hf
 from effllm.checkpoint.skeleton import quiet
 from effllm.data.inputs import folder_batches
 from effllm.journal import file_digest
-from effllm.layers.placing import Members, encode, encoded_module, install, refuse_nonfinite
+from effllm.layers.placing import Members, decode_stored, encode, encoded_module, read_stored, refuse_nonfinite
+from effllm.moments import Moments
 from effllm.plans import Plan
 from effllm.site import norms_with_statistics
 from effllm.source import StoredModel
@@ -31,28 +33,36 @@ def shard_units(source: StoredModel, plan: Plan) -> list[str]:
     return [*source.units, *extra, *([NORMS] if refits_norms(source.model, plan) else [])]
 
 
-def unit_tensors(source: StoredModel, plan: Plan, unit: str, members: dict[str, Members]) -> dict[str, Tensor]:
-    """What the shard of a unit holds, with `members` from `by_parameter`.
+def unit_tensors(
+    source: StoredModel, plan: Plan, unit: str, members: dict[str, Members], found: Mapping[str, Moments],
+    written: Callable[[str], dict[str, Tensor]],
+) -> dict[str, Tensor]:  # fmt: skip
+    """What the shard of a unit holds, with `members` from `by_parameter` and `found`, the moments of sites that have some.
 
-    Statistics that are refitted have a shard of their own, made from the whole model.
+    Statistics that are refitted have a shard of their own, made from the whole model as it is `written` in other shards.
     """
     if unit == EXTRA:
         return _extra(source)
     if unit == NORMS:
-        return _norms(source, plan, members)
-    tensors = _encode_unit(source, unit, members)
+        return _norms(source, plan, members, written)
+    tensors = _encode_unit(source, unit, members, found)
     if refits_norms(source.model, plan):
         stale = {f"{name}.{key}" for name in norms_with_statistics(source.model) for key in STATISTICS}
         return {name: tensor for name, tensor in tensors.items() if name not in stale}
     return tensors
 
 
-def _norms(source: StoredModel, plan: Plan, members: dict[str, Members]) -> dict[str, Tensor]:
+def _norms(
+    source: StoredModel, plan: Plan, members: dict[str, Members], written: Callable[[str], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """The statistics of batch norms in the compressed model, which is in memory as a whole for it."""
     with quiet():
         model = type(source.model).from_pretrained(source.checkpoint.folder, dtype=source.dtype).eval()
-    for groups in members.values():
-        install(model, groups, encode(model, groups))
+    state = model.state_dict()
+    for unit, names in source.units.items():
+        tensors = written(unit) if members.keys() & set(names) else {}
+        for parameter in members.keys() & set(names):
+            state[parameter].copy_(decode_stored(model, members[parameter], read_stored(members[parameter], tensors)))
     return refit_norms(model, folder_batches(plan.calibration, model, source.checkpoint.folder))
 
 
@@ -61,7 +71,9 @@ def _extra(source: StoredModel) -> dict[str, Tensor]:
     return {key: source.raw(key) for key in source.unloaded}
 
 
-def _encode_unit(source: StoredModel, unit: str, members: dict[str, Members]) -> dict[str, Tensor]:
+def _encode_unit(
+    source: StoredModel, unit: str, members: dict[str, Members], found: Mapping[str, Moments]
+) -> dict[str, Tensor]:
     """Everything that the output stores of one unit, by module path."""
     tensors: dict[str, Tensor] = {}
     dense = source.model.state_dict().keys()
@@ -70,7 +82,7 @@ def _encode_unit(source: StoredModel, unit: str, members: dict[str, Members]) ->
             owner, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(owner)
             if name in members:
-                stored = encode(source.model, members[name])
+                stored = encode(source.model, members[name], found)
                 layer = encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
                 tensors |= {key: tensor for key, tensor in layer.items() if key not in dense}
             else:

@@ -63,6 +63,14 @@ class Site:
             return weight.t().contiguous() if cast(Any, module).is_transposed else weight
         return weight.t().contiguous() if isinstance(module, Conv1D) else weight.flatten(1)
 
+    def write(self, matrix: torch.Tensor, parameter: torch.Tensor, model: nn.Module) -> None:
+        """The inverse of `matrix`: puts one `[rows, columns]` at its place in a tensor of the parameter's shape."""
+        module = model.get_submodule(self.parameter.rpartition(".")[0])
+        if self.expert is not None:
+            parameter[self.expert] = matrix.t() if cast(Any, module).is_transposed else matrix
+        else:
+            parameter.copy_((matrix.t() if isinstance(module, Conv1D) else matrix).view_as(parameter))
+
 
 def find_blocks(model: nn.Module) -> list[str]:
     """Module paths of the repeated blocks, in the order in which they are registered.
@@ -115,7 +123,7 @@ def find_sites(model: nn.Module) -> list[Site]:
             role = "embedding"
         else:
             role = "head"
-        if _is_experts(module):
+        if is_experts(module):
             for parameter, weight in _expert_parameters(module):
                 path, shape = f"{name}.{parameter}", expert_shape(module, weight)
                 sites += [Site(f"{path}.{e}", shape, role, block, expert=e) for e in range(len(weight))]
@@ -166,7 +174,7 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """The shape of a module's weight as a codec sees it, `[rows, columns]`."""
     if isinstance(module, CONVOLUTIONS):
         return module.out_channels, module.weight[0].numel()
-    if _is_experts(module):
+    if is_experts(module):
         return expert_shape(module, _expert_parameters(module)[-1][1])
     rows, columns = cast(torch.Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
@@ -184,7 +192,7 @@ def _weights(model: nn.Module, experts: bool = True) -> Iterator[tuple[str, nn.M
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             attention.append(name + ".")
-        elif not name.startswith(tuple(attention)) and (_is_weight(module) or (experts and _is_experts(module))):
+        elif not name.startswith(tuple(attention)) and (_is_weight(module) or (experts and is_experts(module))):
             yield name, module
 
 
@@ -197,7 +205,7 @@ def _is_weight(module: nn.Module) -> bool:
     )
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether transformers marks the class as experts whose forward reads one expert of each parameter at a time."""
     return isinstance(getattr(module, "is_transposed", None), bool) and bool(_expert_parameters(module))
 

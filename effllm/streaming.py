@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import effllm
@@ -29,11 +31,12 @@ from effllm.data.inputs import folder_batches, refuse_default
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
 from effllm.journal import RunJournal, edit_entries, entries, shapes
-from effllm.layers.placing import by_parameter, return_freed_memory
+from effllm.layers.placing import by_parameter, decode_stored, read_stored, return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
+from effllm.moments import Moments
 from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
@@ -42,6 +45,7 @@ from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site, unchanged
 from effllm.source import Source, StoredModel
+from effllm.spending import Priced, price_folder
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Run:
     plan: Plan
     out: Path
     threads: int
+    seed: int = 0
 
     @property
     def partial(self) -> Path:
@@ -112,7 +117,7 @@ def compress_folder(
     wanted = load_plan(plan)
     name = Path(source).name if Path(source).is_dir() else str(source)
     target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
-    run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads())
+    run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads(), seed)
     stored = StoredModel(checkpoint, dtype, device)
     refuse_misfit(stored.model, stored.sites, wanted)
     refuse_default(wanted, stored.model)
@@ -149,13 +154,13 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
         journal.discard()
         return _result(run, began, None, "finished by another process")
     try:
-        assigned = _choose(run, source, journal)
+        assigned, priced = _choose(run, source, journal)
         left = unchanged(source.model, source.sites, assigned)
         for line in remarks(source.model, source.sites, run.plan, left):
             logger.warning(line)
         for name in source.unloaded:
             logger.warning("not loaded by the class, kept byte for byte: %s", name)
-        shards = _rewrite(run, source, assigned, journal)
+        shards = _rewrite(run, source, assigned, priced, journal)
     except EffllmError:
         journal.discard()
         raise
@@ -166,7 +171,8 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
         for name, file in other_files(run.checkpoint.folder).items():
             shutil.copyfile(file, run.partial / name)
         measured = evaluate(run.partial, baseline=run.checkpoint.folder) if measure else None
-        result = _result(run, began, measured, folder=run.partial)
+        predicted = priced.predicted(assigned) if priced else None
+        result = _result(run, began, measured, folder=run.partial, predicted=predicted)
         (run.partial / "README.md").write_text(model_card(run.name, run.checkpoint.folder, result), encoding="utf-8")
         _publish(run, overwrite)
     RunJournal.remove(run.out)
@@ -247,8 +253,15 @@ def _explain_full_disk(run: Run) -> Iterator[None]:
         ) from None
 
 
-def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Codec]:
-    """The codec of every site; scores that an earlier run recorded are not computed again."""
+def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[str, Codec], Priced | None]:
+    """The codec of every site, and the prices, where the plan has some; what an earlier run recorded is not done again."""
+    priced = None
+    if run.plan.limited or run.plan.solves:
+        priced = price_folder(run.plan, run.checkpoint, source.device, run.seed)
+    if priced is not None and run.plan.limited:
+        extra = {name: run.checkpoint.tensors[name].nbytes for name in source.unloaded}
+        solution = priced.solution(source.model, run.checkpoint.stored_bytes, extra)
+        return solution.assigned, priced
     ranks: dict[Score, dict[str, float]] = {}
     for score in run.plan.scores():
         with journal.claim(f"score-{score.name()}"):
@@ -261,23 +274,45 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> dict[str, Cod
             else:
                 values = line["values"]
         ranks[score] = values
-    return run.plan.assign(source.sites, ranks)
+    return run.plan.assign(source.sites, ranks), priced
 
 
-def _rewrite(run: Run, source: StoredModel, assigned: dict[str, Codec], journal: RunJournal) -> list[dict[str, Any]]:
+def _rewrite(
+    run: Run, source: StoredModel, assigned: dict[str, Codec], priced: Priced | None, journal: RunJournal
+) -> list[dict[str, Any]]:
     """Writes one shard a unit, skipping those that are done; returns the journal's lines once every one stands."""
     units, members = shard_units(source, run.plan), by_parameter(source.sites, assigned)
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
+
+    def written(unit: str) -> dict[str, Tensor]:
+        with journal.claim(f"unit-{units.index(unit)}"):
+            return load_file(run.partial / journal.find("unit", unit)["file"])  # type: ignore[index]
+
+    def decoded(unit: str) -> dict[str, Tensor]:
+        tensors = written(unit)
+        names = members.keys() & set(source.units[unit])
+        return {n: decode_stored(source.model, members[n], read_stored(members[n], tensors)) for n in names}
+
+    def visits(pending: list[str]) -> Iterator[tuple[str, dict[str, Moments]]]:
+        """Units with the moments of their sites, in the order in which they come by."""
+        seen = set()
+        if priced is not None and priced.prices is not None:
+            for unit, found in priced.again(assigned, decoded if run.plan.inputs == "compressed" else None):
+                if unit in pending:
+                    yield unit, found
+                    seen.add(unit)
+        yield from ((unit, {}) for unit in pending if unit not in seen)
+
     waiting = False
     while True:
         done = {unit: line for unit in units if (line := journal.find("unit", unit)) is not None}
         pending = [unit for unit in units if unit not in done]
         if not pending:
             return [done[unit] for unit in units]
-        for unit in track(pending, "rewrite", total=len(pending)):
+        for unit, found in track(visits(pending), "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
-                    tensors = unit_tensors(source, run.plan, unit, members)
+                    tensors = unit_tensors(source, run.plan, unit, members, found, written)
                     digest = write_shard(run.partial / files[unit], tensors)
                     checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
                     journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)
@@ -327,11 +362,20 @@ def _publish(run: Run, overwrite: bool) -> None:
         run.partial.rename(run.out)
 
 
-def _result(run: Run, began: float, measured: Result | None, message: str = "", folder: Path | None = None) -> Result:
+def _result(
+    run: Run, began: float, measured: Result | None, message: str = "", folder: Path | None = None,
+    predicted: float | None = None,
+) -> Result:  # fmt: skip
     """The Result of a run: what was measured, or what can be read off the finished folder."""
     finished = folder or run.out
     facts = describe_run(finished, model=str(run.out), base_model=run.name, seconds=time.monotonic() - began)
     values = (measured.model_dump() if measured else {}) | {k: v for k, v in facts.items() if v is not None}
     return Result.model_validate(
-        {**values, "command": "compress", "message": message, "baseline": run.name if measured else None}
+        {
+            **values,
+            "command": "compress",
+            "message": message,
+            "baseline": run.name if measured else None,
+            "predicted_kl": predicted,
+        }
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effllm.allocate import Options, allocate
+from effllm.allocation.knapsack import Options, allocate
 from effllm.errors import UsageError
 
 option = st.tuples(st.integers(0, 40), st.floats(0, 10, allow_nan=False))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from effllm.errors import EffllmError
 from effllm.layers import CodecModule, codec_layer, empty_stored
 from effllm.layers.experts import CodecExperts, codec_experts, dense_experts
 from effllm.method import Codec
+from effllm.moments import Moments
 from effllm.site import Site, find_sites
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -41,8 +43,10 @@ def by_parameter(sites: Iterable[Site], assigned: dict[str, Codec]) -> dict[str,
 
 
 @torch.no_grad()
-def encode(model: nn.Module, members: Members) -> Stored:
+def encode(model: nn.Module, members: Members, found: Mapping[str, Moments] = MappingProxyType({})) -> Stored:
     """What each codec stores for the sites of one parameter; stacked `[experts, ...]` where they are experts.
+
+    `found` are the moments of the sites that have some.
 
     Raises:
         EffllmError: a weight holds NaN or inf.
@@ -53,9 +57,32 @@ def encode(model: nn.Module, members: Members) -> Stored:
         for site in sites:
             weight = site.matrix(model)
             refuse_nonfinite(site.parameter, weight)
-            encoded.append(codec.encode(weight))
+            encoded.append(codec.encode(weight, found.get(site.name)))
         single = sites[0].expert is None
         stored[codec] = encoded[0] if single else {key: torch.stack([e[key] for e in encoded]) for key in encoded[0]}
+    return stored
+
+
+@torch.no_grad()
+def decode_stored(model: nn.Module, members: Members, stored: Stored) -> Tensor:
+    """The parameter as a dense tensor again, from what `encode` gives."""
+    (site, *_), *_ = members.values()
+    owner, _, leaf = site.parameter.rpartition(".")
+    dense: Tensor = getattr(model.get_submodule(owner), leaf).detach().clone()
+    for codec, sites in members.items():
+        for place, one in enumerate(sites):
+            data = stored[codec]
+            mine = data if one.expert is None else {name: tensor[place] for name, tensor in data.items()}
+            one.write(codec.decode(mine, one.shape).to(dense), dense, model)
+    return dense
+
+
+def read_stored(members: Members, tensors: Mapping[str, Tensor]) -> Stored:
+    """What `encode` gave, from a state dict in which `encoded_module` stands."""
+    stored = {}
+    for codec, (first, *_) in members.items():
+        prefix = first.name if first.expert is None else f"{first.parameter}.{first.expert}"
+        stored[codec] = {name: tensors[f"{prefix}.{name}"] for name in codec.layout(first.shape)}
     return stored
 
 

@@ -61,6 +61,8 @@ class Result(BaseModel):
     kl: float | None = None
     """KL divergence from the baseline's next-token (class) distribution to the model's, nats per token (image)."""
     kl_stderr: float | None = None
+    predicted_kl: float | None = None
+    """What `compress` expected of `kl` before the work, from the calibration data."""
     kl_tokens: int | None = None
     top1_agreement: float | None = None
     """Share of tokens (images) at which model and baseline rank the same token (class) first."""
@@ -91,6 +93,7 @@ class Result(BaseModel):
             ("accuracy of the original", self.baseline_accuracy, None, images),
             ("change of accuracy", self.accuracy_change, self.accuracy_change_stderr, images),
             (f"KL to the original, nats per {unit}", self.kl, self.kl_stderr, over),
+            ("KL that was predicted", self.predicted_kl, None, "calibration data"),
             ("perplexity", self.perplexity, self.perplexity_stderr, tokens),
             ("perplexity of the original", self.baseline_perplexity, None, tokens),
             ("top-1 agreement with the original", self.top1_agreement, self.top1_agreement_stderr, over),

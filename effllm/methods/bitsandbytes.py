@@ -16,6 +16,7 @@ from effllm.method import Codec
 from effllm.methods._by_rows import CHUNK, encode_by_rows, linear_by_rows
 
 if TYPE_CHECKING:
+    from effllm.moments import Moments
     from effllm.site import Site
 
 NESTED = 256  # scales that share one scale under double quantization
@@ -97,7 +98,7 @@ class Bitsandbytes(Codec):
         blocks = [cls(blocksize=size, double_quant=True) for size in sizes if size <= max(32, site.shape[1])]
         return [cls(type="int8"), *blocks]
 
-    def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, moments: Moments | None = None) -> dict[str, Tensor]:
         stored = encode_by_rows(self._encode_rows, weight, CHUNK)
         if self.double_quant:
             mean = stored["absmax"].view(-1).mean(0, keepdim=True)

@@ -15,6 +15,7 @@ from effllm.methods._by_rows import encode_by_rows, linear_by_rows
 from effllm.packing import pack, unpack
 
 if TYPE_CHECKING:
+    from effllm.moments import Moments
     from effllm.site import Site
 
 ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratch tensor, both fp32, fit a core's cache
@@ -51,7 +52,7 @@ class Quantize(Codec):
         fitting: list[int | Literal["row"]] = [size for size in (32, 64, 128) if site.shape[1] >= size]
         return [cls(bits=bits, group_size=size) for bits in (2, 3, 4, 5, 6, 8) for size in fitting or ["row"]]
 
-    def encode(self, weight: Tensor, moments: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, moments: Moments | None = None) -> dict[str, Tensor]:
         if self.group_size == "tensor":
             weight = weight.reshape(1, -1)
         return encode_by_rows(self._encode_rows, weight, ENCODE_CHUNK)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from effllm.checkpoint import Checkpoint
 from effllm.checkpoint.skeleton import FLOATS, quiet, skeleton, stored_dtype
 from effllm.errors import EffllmError
-from effllm.lockstep import lockstep
-from effllm.site import find_blocks, find_sites
+from effllm.site import Site, find_blocks, find_sites
+from effllm.source.lockstep import Call, lockstep
 
 REST = "rest"
 OWN_UNIT = 1 << 25  # bytes from which a weight outside the blocks is a unit of its own
@@ -47,6 +47,8 @@ class Source(ABC):
         self.blocks = find_blocks(model)
         self.sites = find_sites(model)
         self.units = self._find_units()
+        self._held: set[str] = set()
+        self._partners = {site.parameter: [f"{name}.weight" for name in site.tied] for site in self.sites}
 
     def _find_units(self) -> dict[str, list[str]]:
         """Unit -> names in the state dict that it holds; a tied weight belongs to the module that owns it."""
@@ -62,54 +64,151 @@ class Source(ABC):
                 units[next(owner, REST)].append(key)
         return {name: keys for name, keys in units.items() if keys}
 
-    @abstractmethod
-    def resident(self, *units: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def resident(self, *units: str) -> Iterator[None]:
         """While it is open, the weights of these units are in `model`, on `device`."""
+        new = tuple(unit for unit in units if unit not in self._held)
+        self._held |= set(new)
+        try:
+            with self._loaded(new):
+                yield
+        finally:
+            self._held -= set(new)
 
-    def stream(self, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Runs `batches` of model inputs block by block, one block in memory at a time, all stacks in call order.
+    @abstractmethod
+    def _loaded(self, units: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+        """`resident` for units that are not."""
 
-        Yields (block, input, output), batch by batch within a block: hidden states `[sequences, length, width]`, or maps
-        `[images, channels, height, width]`. Blocks that the inputs never reach (a vision tower given text) do not come.
+    def _owner(self, name: str) -> nn.Module:
+        """The module that holds the tensor `name` of the state dict."""
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+    def _get(self, name: str) -> Tensor:
+        tensor: Tensor = getattr(self._owner(name), name.rpartition(".")[2])
+        return tensor
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Sets a tensor of the model, in all places that share it."""
+        for place in (name, *self._partners.get(name, ())):
+            owner, leaf = self._owner(place), place.rpartition(".")[2]
+            if leaf in owner._parameters and not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(owner, leaf, tensor)
+
+    def walk(
+        self,
+        batches: Sequence[Batch],
+        gates: Iterable[str] = (),
+        grad: bool = False,
+        results: list[Any] | None = None,
+        whole: bool = False,
+    ) -> Iterator[tuple[str, list[Call]]]:
+        """Runs `batches` of model inputs unit by unit, stopping at the blocks, at large tables, and at the modules `gates`.
+
+        A model runs without its head unless it is `whole`. Yields (gate, one call a batch), the gate's weights resident; a
+        call whose output the caller leaves unset is computed when the walk goes on. Gates that the inputs never reach (a
+        vision tower given text) do not come. `results` gets what each forward returned, in the order of the batches.
         """
-        base = self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
+        base = self.model if whole else self.base
         used = set(base.modules())  # all of them: torch multiplies by a matrix on the meta device without a word
         outside = [u for u in self.units if u not in self.blocks and (u == REST or self.model.get_submodule(u) in used)]
         tables = [u for u in outside if u != REST and isinstance(self.model.get_submodule(u), nn.Embedding)]
-        forwards = [partial(run_batch, base, batch, self.device) for batch in batches]
-        gates = [*self.blocks, *tables]
+        returned: list[Any] = [None] * len(batches)
+
+        def forward(number: int) -> None:
+            returned[number] = run_batch(base, batches[number], self.device)
+
+        stops = list(dict.fromkeys([*self.blocks, *tables, *gates]))
         training = self.model.training
         self.model.eval()
         try:
-            with self.resident(*(unit for unit in outside if unit not in tables)):
-                for gate, before, after in lockstep(self.model, gates, forwards, self.resident):
-                    if gate not in tables:
-                        yield gate, before, after
+            with self.resident(*(unit for unit in outside if unit not in stops)):
+                forwards = [partial(forward, number) for number in range(len(batches))]
+                yield from lockstep(self.model, stops, forwards, self._resident_gate, grad)
         finally:
             self.model.train(training)
+        if results is not None:
+            results += returned
+
+    @contextlib.contextmanager
+    def changed(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While it is open, these parameters of resident units have other values."""
+        own = {name: self._get(name) for name in weights}
+        try:
+            for name, tensor in weights.items():
+                self._put(name, tensor.to(own[name]))
+            yield
+        finally:
+            for name, tensor in own.items():
+                self._put(name, tensor)
+
+    def units_of(self, sites: Iterable[Site]) -> list[str]:
+        """The units that hold these weights."""
+        wanted = {site.parameter for site in sites}
+        return [unit for unit, names in self.units.items() if wanted & set(names)]
+
+    @property
+    def base(self) -> nn.Module:
+        """What a walk runs: the model without its head, where transformers tells them apart."""
+        return self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
+
+    def _resident_gate(self, gate: str) -> contextlib.AbstractContextManager[None]:
+        return self.resident(gate) if gate in self.units else contextlib.nullcontext()
+
+    def stream(self, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Runs `batches` block by block, one block in memory at a time, all stacks in call order.
+
+        Yields (block, input, output), batch by batch within a block: hidden states `[sequences, length, width]`, or maps
+        `[images, channels, height, width]`.
+        """
+        for gate, calls in self.walk(batches):
+            for call in calls if gate in self.blocks else ():
+                call.run()
+                yield gate, call.given, call.returned
 
 
-def run_batch(base: nn.Module, batch: Batch, device: torch.device) -> None:
+def run_batch(base: nn.Module, batch: Batch, device: torch.device) -> Any:
     """One forward of a model, or of the base model inside, without a KV cache."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     if not isinstance(base, PreTrainedModel):
-        base(*inputs.values())
-        return
+        return base(*inputs.values())
     parameters = inspect.signature(base.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     caches = "use_cache" in parameters or (takes_any and base.main_input_name == "input_ids")
-    base(**inputs, **({"use_cache": False} if caches else {}))
+    return base(**inputs, **({"use_cache": False} if caches else {}))
 
 
 class LiveModel(Source):
-    """A model that is in memory already."""
+    """A model that is in memory already.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: any module.
+        dtype: what its floats are cast to while they are resident; left as they are by default.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
         first = next(model.parameters(), None)
+        self.dtype = dtype
         super().__init__(model, first.device if first is not None else "cpu")
 
-    def resident(self, *units: str) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _loaded(self, units: tuple[str, ...]) -> Iterator[None]:
+        own = {name: tensor for name, tensor in self._tensors(units) if self._is_cast(tensor)}
+        try:
+            for name, tensor in own.items():
+                self._put(name, tensor.detach().to(self.dtype))
+            yield
+        finally:
+            for name, tensor in own.items():
+                if name.rpartition(".")[2] in self._owner(name)._parameters | self._owner(name)._buffers:
+                    self._put(name, tensor)  # a codec layer may have taken its place
+
+    def _tensors(self, units: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        for name in (name for unit in units for name in self.units[unit]):
+            yield name, self._get(name)
+
+    def _is_cast(self, tensor: Tensor) -> bool:
+        return self.dtype is not None and tensor.is_floating_point() and tensor.dtype != self.dtype
 
 
 class StoredModel(Source):
@@ -200,16 +299,18 @@ class StoredModel(Source):
                     )
 
     @contextlib.contextmanager
-    def resident(self, *units: str) -> Iterator[None]:
+    def _loaded(self, units: tuple[str, ...]) -> Iterator[None]:
         empty = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
         loaded = [name for unit in units for name in self.units[unit]]
         try:
             self._load(units, set(loaded))
+            for name in loaded:
+                if self._partners.get(name):
+                    self._put(name, self._get(name))
             yield
         finally:
             for name in loaded:
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), leaf, empty[name])
+                self._put(name, empty[name])
 
     def _load(self, units: tuple[str, ...], expected: set[str]) -> None:
         keys = [key for unit in units for key in self._keys[unit]]
@@ -231,8 +332,8 @@ class StoredModel(Source):
             raise EffllmError(self._lacks(sorted(missing)[0]))
         if mismatched:
             raise EffllmError(self._misfit(*mismatched[0]))
-        for module in {name.rpartition(".")[0] for name in expected}:
-            self.model.get_submodule(module)._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
+        for module in {self._owner(name) for name in expected}:
+            module._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
 
     def raw(self, key: str) -> Tensor:
         """One tensor of the checkpoint exactly as it is stored."""

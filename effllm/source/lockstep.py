@@ -1,8 +1,9 @@
 """Several forwards of one model, all of them at the same module at a time.
 
 A forward a batch runs in a thread of its own and waits where it reaches one of the gates (a block, say). When all wait,
-the gate's weights are loaded once and the forwards pass it one after the other. So any model is walked block by block
-through its own code: stacks in call order, each call with the arguments that the model makes, whatever lies between.
+the gate's weights are loaded once, and who walks decides what each call returns; then the forwards go on one after the
+other. So any model is walked block by block through its own code: stacks in call order, each call with the arguments that
+the model makes, whatever lies between.
 """
 
 from __future__ import annotations
@@ -22,14 +23,45 @@ class _Cancelled(Exception):
 
 
 @dataclass
+class Call:
+    """A forward's call of a gate. The forward goes on with `output`, which is the gate's own unless it is set before."""
+
+    number: int
+    """Which of the forwards calls."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    forward: Callable[..., Any]
+    """The gate's own forward."""
+    output: Any = None
+
+    @property
+    def given(self) -> Tensor:
+        """The first tensor of the arguments."""
+        return next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+
+    @property
+    def returned(self) -> Tensor:
+        """The output, or the first of several."""
+        first: Tensor = self.output[0] if isinstance(self.output, tuple) else self.output
+        return first
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Lets the gate compute `output`."""
+        self.output = self.forward(*self.args, **self.kwargs)
+
+
+@dataclass
 class _Forward:
     """One forward in its thread. Either it runs or its owner does, never both."""
 
+    number: int
     work: Callable[[], Any]
+    grad: bool
     at: str | None = None
     """The gate where it waits; None once it has ended."""
-    passed: tuple[Tensor, Tensor] | None = None
-    """Input and output of the gate that it passed last."""
+    call: Call | None = None
+    """The call for which it waits."""
     error: BaseException | None = None
     cancelled: bool = False
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -51,13 +83,20 @@ class _Forward:
         self.turn.release()
         self.done.acquire()
 
-    def wait_at(self, gate: str) -> None:
-        """Called in its own thread: hands over until it is resumed."""
+    def wait_at(self, gate: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in its own thread: hands over until it is resumed, and returns what the call gave."""
+        call = self.call = Call(self.number, args, kwargs, forward)
+        del args, kwargs
         self.at = gate
         self.done.release()
         self.turn.acquire()
         if self.cancelled:
             raise _Cancelled
+        if call.output is None:
+            call.run()
+        self.call, output = None, call.output
+        call.args, call.kwargs, call.output = (), {}, None  # who walked may still hold the call
+        return output
 
     def _wait(self) -> None:
         self.done.acquire()
@@ -67,7 +106,7 @@ class _Forward:
     def _run(self) -> None:
         _running.forward = self
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.grad):
                 self.work()
         except _Cancelled:
             pass
@@ -86,11 +125,12 @@ def lockstep(
     gates: list[str],
     forwards: Sequence[Callable[[], Any]],
     resident: Callable[[str], AbstractContextManager[None]],
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+    grad: bool = False,
+) -> Iterator[tuple[str, list[Call]]]:
     """Runs `forwards` (calls of `model` or a part of it), stopping at the submodules `gates`.
 
-    Yields (gate, input, output) for each passing: the first tensor that the module was given, and the first it returned.
-    `resident(gate)` is open while forwards pass `gate`.
+    Yields (gate, its calls, in the order of the forwards) for each time that forwards arrive. `resident(gate)` is open
+    until the next one is asked for. With `grad`, what lies between the gates is recorded for a backward.
     """
     modules = {gate: model.get_submodule(gate) for gate in gates}
     own = {gate: module.__dict__.get("forward") for gate, module in modules.items()}
@@ -98,18 +138,16 @@ def lockstep(
     try:
         for gate, module in modules.items():
             module.forward = _gated(gate, module.forward)
-        for work in forwards:
-            running.append(_Forward(work))
+        for number, work in enumerate(forwards):
+            running.append(_Forward(number, work, grad))
             running[-1].start()
         while waiting := [forward for forward in running if forward.at]:
             gate = str(waiting[0].at)
+            arrived = [forward for forward in waiting if forward.at == gate]
             with resident(gate):
-                for forward in waiting:
-                    if forward.at == gate:
-                        forward.resume()
-                        assert forward.passed is not None
-                        yield gate, *forward.passed
-                        forward.passed = None
+                yield gate, [forward.call for forward in arrived if forward.call]
+                for forward in arrived:
+                    forward.resume()
     finally:
         for forward in running:
             if forward.at:
@@ -123,10 +161,6 @@ def lockstep(
 def _gated(gate: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         current: _Forward = _running.forward
-        current.wait_at(gate)
-        out = original(*args, **kwargs)
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        current.passed = given, out[0] if isinstance(out, tuple) else out
-        return out
+        return current.wait_at(gate, original, args, kwargs)
 
     return forward

@@ -1,0 +1,96 @@
+"""Budgets: what a user asks for, as bytes that the sites of a model may take together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from effllm.errors import UsageError
+from effllm.measure.memory import kv_cache, scratch
+from effllm.method import Codec
+from effllm.site import Site
+
+HEADER = 110  # bytes of one tensor in a safetensors header beside its name, at most
+SHARD = 256  # bytes of a shard's header beside its tensors, padding and guard included
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+Unit = Literal["bytes", "bpw", "x"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`2GB` of weight files, `4.25bpw` (bits per weight over all sites that are not excluded), or `0.25x` of the original."""
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Reads `2GB`, `500MB`, `4.25bpw` or `0.25x`.
+
+        Raises:
+            UsageError: anything else, or a value that is not above zero.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:(bpw|x)|([kMGT]?)B)", text.strip(), re.IGNORECASE)
+        if found is None or float(found[1]) <= 0:
+            raise UsageError(
+                "a budget is written as 2GB or 500MB (weight files, GB is 10**9 bytes), 4.25bpw (bits per weight) or 0.25x "
+                f"(of the original), not {text!r}"
+            )
+        value, unit = float(found[1]), (found[2] or "").lower()
+        if unit == "bpw":
+            return cls(value, "bpw")
+        if unit == "x":
+            return cls(value, "x")
+        return cls(value * UNITS[(found[3] or "").upper().replace("K", "k")], "bytes")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model's weights take, and what a budget leaves for its sites."""
+
+    sites: list[Site]
+    """Those that count."""
+    dense: int
+    """Bytes of one weight that is left as it is."""
+    rest: int
+    """Bytes of the weight files beside those sites: other tensors, headers."""
+    original: int
+    """Bytes of the original's weight files."""
+    names: int = 1
+
+    def nbytes(self, site: Site, codec: Codec | None, budget: Budget) -> int:
+        """What a site takes of the budget under a codec, or as it is; headers are counted where files are."""
+        stored = site.size * self.dense if codec is None else codec.stored_bytes(site.shape)
+        if budget.unit == "bpw":
+            return stored
+        tensors = 1 if codec is None else len(codec.layout(site.shape))
+        return stored + tensors * (HEADER + len(site.name) + 16)
+
+    def limit(self, budget: Budget) -> int:
+        """Bytes that the sites may take together."""
+        if budget.unit == "bpw":
+            return int(budget.value * sum(site.size for site in self.sites) / 8)
+        total = budget.value * (self.original if budget.unit == "x" else 1)
+        return int(total) - self.rest
+
+
+def weights_within(ram: int, sites: list[Site], config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of weights that leave room for the KV cache and the scratch of `context` tokens within `ram` bytes."""
+    beside = sum(kv_cache(config, context, dtype)) + scratch(sites, config, context, dtype)
+    if beside >= ram:
+        raise UsageError(
+            f"--ram {ram / 1e9:.2f}GB: the KV cache and scratch of {context} tokens take {beside / 1e9:.2f} GB; give "
+            "more, or a shorter --context"
+        )
+    return ram - beside
+
+
+def header_bytes(tensors: Mapping[str, object], shards: int) -> int:
+    """An upper bound of what the headers of `shards` safetensors files with these tensors take."""
+    return sum(len(name) + HEADER for name in tensors) + shards * SHARD

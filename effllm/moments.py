@@ -1,0 +1,121 @@
+"""What an error in a weight is expected to cost: the metric in which every codec is priced and solved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean diagonal, added to it before a factorisation
+
+
+class Metric:
+    """A quadratic form on errors of rows, e -> e A e^T, with its factorisation, made once for all options of a weight.
+
+    Args:
+        A: fp32 `[parts, width, width]`, symmetric. With `width` equal to the weight's columns, equal runs of rows have a
+            part each (the groups of a convolution; one part otherwise). With a smaller width the form is block-diagonal:
+            a part for each run of columns (a diagonal where the width is 1).
+        columns: of the weight.
+    """
+
+    def __init__(self, A: Tensor, columns: int):
+        self.A, self.columns = A, columns
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether the parts are runs of columns, not of rows."""
+        return self.A.shape[-1] < self.columns
+
+    def energies(self, errors: Tensor, places: Tensor) -> Tensor:
+        """e A e^T of every row of `errors` `[n, columns]`, fp32 `[n]`; `places` `[n]`, from 0 to 1, is where in the weight
+        each row lies."""
+        parts, width, _ = self.A.shape
+        errors = errors.float()
+        if self.by_columns:
+            errors = F.pad(errors, (0, parts * width - self.columns)).view(-1, parts, width)
+            return torch.einsum("rpw,pwv,rpv->r", errors, self.A, errors)
+        if parts == 1:
+            return ((errors @ self.A[0]) * errors).sum(1)
+        return torch.einsum("rc,rcd,rd->r", errors, self.A[(places * parts).long()], errors)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The form as one matrix `[columns, columns]`; of parts of rows their mean."""
+        if self.by_columns:
+            whole: Tensor = torch.block_diag(*self.A)  # type: ignore[no-untyped-call]
+            return whole[: self.columns, : self.columns]
+        return self.A.mean(0)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """`dense` with 1 % of its mean diagonal added to the diagonal; the identity where it is zero."""
+        mean = float(self.dense.diagonal().mean())
+        identity = torch.eye(self.columns, device=self.A.device)
+        return self.dense + DAMPING * mean * identity if mean > 0 else identity
+
+    @cached_property
+    def factor(self) -> tuple[Tensor, Tensor]:
+        """Columns by falling energy, int64 `[columns]`; and in that order the upper triangular U with U^T U = damped^-1."""
+        order = self.damped.diagonal().argsort(descending=True, stable=True)
+        return order, inverse_factor(self.damped[order][:, order])
+
+
+def inverse_factor(A: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`, whose diagonal is raised until that exists."""
+    step = DAMPING * A.diagonal().mean()
+    for power in range(8):
+        lower, failed = torch.linalg.cholesky_ex(A)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return factor
+        A = A + 10**power * step * torch.eye(len(A), device=A.device)
+    return torch.diag(A.diagonal().rsqrt())
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The expected cost of an error E in a weight: KL = 1/2 sum_o rows[o] E_o A E_o^T, nats per token (or image).
+
+    A = sum_t |g_t|^2 x_t x_t^T over calibration tokens, divided by their number; x_t is the weight's input and g_t the
+    gradient, at its output, of the loss of a label drawn from the model. `rows` `[rows]` is each output's share of the
+    gradients' energy. (A factored Fisher information whose first factor weights every token by its gradient: with the
+    textbook factors E[xx^T] and E[gg^T] a first token of huge input and small gradient spoils the price.)
+
+    Of an embedding: A = diag(E[g_j^2]), and `rows` is how often each entry is looked up. A tied weight has both uses.
+    """
+
+    metric: Metric
+    rows: Tensor
+    other: Moments | None = None
+    """The weight's second use."""
+
+    def costs(self, errors: Tensor, index: Tensor | None = None) -> Tensor:
+        """Nats per token that each row of `errors` `[n, columns]` costs, fp32 `[n]`; `index` `[n]` names the rows."""
+        count = len(self.rows)
+        index = torch.arange(count, device=errors.device) if index is None else index
+        costs = 0.5 * self.rows[index] * self.metric.energies(errors, index / count)
+        return costs + self.other.costs(errors, index) if self.other else costs
+
+    def of(self, index: Tensor) -> Moments:
+        """The moments of the rows `index` alone; the factorisation is shared."""
+        part = Moments(self.metric, self.rows[index], self.other.of(index) if self.other else None)
+        part.__dict__["solving"] = self.solving
+        return part
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """What one unit of error costs in each row, fp32 `[rows]`, on an average input."""
+        own: Tensor = self.rows * self.metric.dense.diagonal().mean()
+        return own + self.other.importance if self.other else own
+
+    @cached_property
+    def solving(self) -> Metric:
+        """The one metric in which an encoder solves all rows: that of the weight's use, or the sum of its uses."""
+        if self.other is None:
+            return self.metric
+        return Metric((self.metric.dense + self.other.solving.dense)[None], self.metric.columns)

@@ -1,0 +1,189 @@
+"""The prices of every option of every site: one sweep over the calibration data, and one pass of probes.
+
+They are kept in a folder: a killed run goes on where it stopped, and the next run of the same model, data and options reads
+them. Moments are in memory for one block at a time and never there; what is kept of a site are its token weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from effllm.journal import RunJournal
+from effllm.layers.placing import refuse_nonfinite
+from effllm.method import Codec
+from effllm.moments import Moments
+from effllm.price import price, sample_rows
+from effllm.price.probe import Weights, probe
+from effllm.site import Site
+from effllm.source import Batch, Source
+from effllm.statistics import DRAWS, TIED, Sums, Sweep, moments, share_experts
+from effllm.statistics.spool import write_tensors
+
+PROBED_BITS = 3.0  # stored bits per weight of the option that is probed, or as near as the options come
+PROBE_TOKENS = 1024
+Options = Mapping[str, tuple[Codec, ...]]
+"""Site -> what it may get."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Expected KL to the model, nats per token (or image)."""
+
+    options: Options
+    losses: dict[str, list[float]]
+    """Site -> the price of each of its options. Sites that the data never reach have none."""
+    probes: dict[str, tuple[float, float]]
+    """Block, or site outside the blocks -> the predicted and the measured KL of its probe."""
+    labels: int
+    """Drawn labels that the sums stand for."""
+    folder: Path
+
+    def reached(self, site: Site) -> bool:
+        """Whether the calibration data came by."""
+        return (self.folder / f"{site.name}.safetensors").exists()
+
+    def corrected(self, site: Site) -> list[float]:
+        """The prices of a site's options, scaled by what the probe of its block has shown."""
+        predicted, measured = self.probes.get(site.block or site.name, (1.0, 1.0))
+        factor = measured / predicted if predicted > 0 and measured > 0 else 1.0
+        return [loss * factor for loss in self.losses[site.name]]
+
+
+def collect_prices(
+    source: Source, options: Options, batches: Sequence[Batch], folder: Path, key: str, seed: int = 0
+) -> Prices:
+    """Sweeps and probes, or reads what an earlier call with the same `key` found in `folder`.
+
+    Raises:
+        UsageError, EffllmError: see `Sweep.run`; a weight holds NaN or inf.
+    """
+    journal = RunJournal(folder, key)
+    with journal.claim("prices"):
+        spool = folder / "spool"
+        if not _covers(journal, options):
+            journal.restart()
+        if TIED not in journal.all("gate"):
+            sweep = Sweep(source, batches, spool, seed)
+            for gate, sums in sweep.run(list(journal.all("gate"))):
+                members = [site for site in source.sites if site.block == gate]
+                share_experts(sums, members)
+                losses, predicted = _price_gate(source, options, sums, sweep.tokens * DRAWS, spool)
+                _keep(sums, {site.name for site in source.sites if site.block is None}, folder)
+                journal.add("gate", gate, losses=losses, predicted=predicted, labels=sweep.tokens * DRAWS)
+        if journal.find("probes", "all") is None:
+            journal.add("probes", "all", kl=_probe(source, batches, journal, spool))
+        shutil.rmtree(spool, ignore_errors=True)
+        return read_prices(options, journal)
+
+
+def read_prices(options: Options, journal: RunJournal) -> Prices:
+    """What `collect_prices` recorded."""
+    gates = list(journal.all("gate").values())
+    measured = journal.all("probes")["all"]["kl"]
+    predicted: dict[str, float] = {}
+    for gate in gates:
+        for unit, loss in gate["predicted"].items():
+            predicted[unit] = predicted.get(unit, 0.0) + loss
+    losses = {site: prices for gate in gates for site, prices in gate["losses"].items()}
+    return Prices(
+        options,
+        {site: [losses[site][codec.label()] for codec in options[site]] for site in options if site in losses},
+        {unit: (predicted[unit], kl) for unit, kl in measured.items()},
+        gates[-1]["labels"],
+        journal.folder,
+    )
+
+
+def _covers(journal: RunJournal, options: Options) -> bool:
+    """Whether what is recorded so far has a price for all options of the sites that it knows."""
+    known = {site: prices for gate in journal.all("gate").values() for site, prices in gate["losses"].items()}
+    reached = [site for site in options if (journal.folder / f"{site}.safetensors").exists()]
+    return all(codec.label() in known.get(site, {}) for site in reached for codec in options[site])
+
+
+def _price_gate(
+    source: Source, options: Options, sums: dict[str, list[Sums]], labels: int, spool: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Site -> the prices of its options; and what its probe is predicted to cost, by unit. The probe's weights are kept."""
+    losses: dict[str, dict[str, float]] = {}
+    predicted: dict[str, float] = {}
+    changed: Weights = {}
+    unit = ""
+    for site in source.sites:
+        found = moments(sums[site.name], labels) if site.name in sums and site.name in options else None
+        if found is None:
+            continue
+        weight = site.matrix(source.model)
+        refuse_nonfinite(site.parameter, weight)
+        rows = sample_rows(weight, found)
+        losses[site.name] = {codec.label(): price(codec, weight, found, rows) for codec in options[site.name]}
+        codec = min(
+            options[site.name], key=lambda codec: abs(8 * codec.stored_bytes(site.shape) / site.size - PROBED_BITS)
+        )
+        decoded = codec.decode(codec.encode(weight, found), site.shape).to(weight.dtype)
+        unit = site.block or site.name
+        predicted[unit] = predicted.get(unit, 0.0) + cost(decoded, weight, found)
+        if site.parameter not in changed:
+            owner, _, leaf = site.parameter.rpartition(".")
+            changed[site.parameter] = getattr(source.model.get_submodule(owner), leaf).detach().clone()
+        site.write(decoded, changed[site.parameter], source.model)
+        if site.block is None:
+            write_tensors(spool / f"probe-{unit}.safetensors", {site.parameter: changed.pop(site.parameter)})
+    if changed:
+        write_tensors(spool / f"probe-{unit}.safetensors", changed)
+    return losses, predicted
+
+
+def cost(decoded: Tensor, weight: Tensor, found: Moments, step: int = 1 << 14) -> float:
+    """Expected KL, nats per token, of `decoded` in place of `weight`, a few thousand rows at a time."""
+    total = 0.0
+    for index in torch.arange(len(weight), device=weight.device).split(step):
+        total += float(found.costs(decoded[index].float() - weight[index].float(), index).sum())
+    return total
+
+
+def _keep(sums: dict[str, list[Sums]], outside: set[str], folder: Path) -> None:
+    """Token weights; of the few sites outside the blocks the moments, for a second forward does not compute the head."""
+    for name, uses in sums.items():
+        state = {f"{n}.{k}": value for n, use in enumerate(uses) for k, value in use.state(name in outside).items()}
+        write_tensors(folder / f"{name}.safetensors", state)
+
+
+def kept_sums(site: Site, folder: Path) -> list[Sums]:
+    """What the sweep has kept of a site: its uses, of a look-up with the moments, of others with the token weights."""
+    uses: dict[int, dict[str, Tensor]] = {}
+    with safe_open(folder / f"{site.name}.safetensors", framework="pt", backend="pread") as handle:
+        for key in handle.keys():  # noqa: SIM118
+            number, _, field = key.partition(".")
+            uses.setdefault(int(number), {})[field] = handle.get_tensor(key)
+    return [Sums.from_state(site, uses[number]) for number in sorted(uses)]
+
+
+def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool: Path) -> dict[str, float]:
+    units = [unit for gate in journal.all("gate").values() for unit in gate["predicted"]]
+
+    def changed(unit: str) -> Weights:
+        with safe_open(spool / f"probe-{unit}.safetensors", framework="pt", backend="pread") as handle:
+            return {key: handle.get_tensor(key).to(source.device) for key in handle.keys()}  # noqa: SIM118
+
+    return probe(source, _first(batches, PROBE_TOKENS), units, changed)
+
+
+def _first(batches: Sequence[Batch], positions: int) -> list[Batch]:
+    """The first inputs, as many as have about so many positions between them; of anything but tokens, 64."""
+    name = next(iter(batches[0]))
+    length = batches[0][name].shape[1] if name == "input_ids" else positions // 64
+    count = max(1, positions // length)
+    found: list[Batch] = []
+    for batch in batches:
+        taken = sum(len(one[name]) for one in found)
+        if taken < count:
+            found.append({key: value[: count - taken] for key, value in batch.items()})
+    return found

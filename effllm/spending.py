@@ -1,0 +1,167 @@
+"""What a plan is expected to cost before it is carried out: prices of its options, and what its budget buys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import effllm
+from effllm.allocation import Solution, solve
+from effllm.allocation.budget import Budget, Footprint, header_bytes, weights_within
+from effllm.checkpoint import Checkpoint
+from effllm.data.inputs import folder_batches
+from effllm.data.text import text_identity
+from effllm.errors import UsageError
+from effllm.method import Codec
+from effllm.moments import Moments
+from effllm.plans import Plan, Step, select
+from effllm.price import relative_error
+from effllm.price.collect import Options, Prices, collect_prices, kept_sums
+from effllm.report.progress import track
+from effllm.source import Batch, LiveModel, Source, StoredModel
+from effllm.statistics.again import moments_again
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A plan's options for one model, with what each is expected to cost."""
+
+    plan: Plan
+    source: Source
+    batches: Sequence[Batch]
+    options: Options
+    prices: Prices | None
+    """Nats per token; None without data."""
+
+    @cached_property
+    def losses(self) -> dict[str, list[float]]:
+        """Site -> what each of its options costs; sites that the calibration data never reach are not there."""
+        if self.prices is not None:
+            sites = [site for site in self.source.sites if site.name in self.prices.losses]
+            return {site.name: self.prices.corrected(site) for site in sites}
+        found = {}
+        for unit in track(list(self.source.units), "price"):
+            members = [
+                s for s in self.source.sites if s.name in self.options and s.parameter in self.source.units[unit]
+            ]
+            with self.source.resident(*([unit] if members else [])):
+                for site in members:
+                    weight = site.matrix(self.source.model)
+                    found[site.name] = [relative_error(codec, weight) for codec in self.options[site.name]]
+        return found
+
+    def solution(self, model: nn.Module, original: int, extra: Mapping[str, int]) -> Solution:
+        """What the plan's budget buys of `model`, the model in the dtype in which it is to be written.
+
+        `original` are the bytes of its weight files, `extra` those of tensors that its class does not load, by name.
+
+        Raises:
+            UsageError: the budget is below the smallest possible.
+        """
+        sites, state = self.source.sites, model.state_dict()
+        excluded = {site.name for site in select(self.plan.exclude, sites)}
+        tied = {f"{name}.weight" for site in sites for name in site.tied}
+        parameters = {site.parameter for site in sites}
+        rest = {name: t.nbytes for name, t in state.items() if name not in parameters | tied} | dict(extra)
+        headers = header_bytes(rest, len(self.source.units) + 2)
+        if self.plan.ram:
+            if not isinstance(model, PreTrainedModel):
+                raise UsageError(
+                    "a budget of memory to run in needs a transformers model; give 'budget' instead of 'ram'"
+                )
+            ram = int(Budget.parse(self.plan.ram).value)
+            budget = Budget(weights_within(ram, sites, model.config, self.plan.context, model.dtype), "bytes")
+        else:
+            budget = Budget.parse(str(self.plan.budget))
+        counted = [site for site in sites if budget.unit != "bpw" or site.name not in excluded]
+        dense = state[sites[0].parameter].itemsize
+        footprint = Footprint(counted, dense, sum(rest.values()) + headers, original)
+        fixed = {site.name for site in sites if len(self.options.get(site.name, ())) == 1}
+        choices: dict[str, list[Codec | None]] = {}
+        losses: dict[str, list[float]] = {}
+        for site in counted:
+            offered = self.options.get(site.name, ()) if site.name in self.losses or site.name in fixed else ()
+            choices[site.name] = [*offered, *([] if site.name in fixed else [None])]
+            losses[site.name] = [*self.losses.get(site.name, [0.0] * len(offered)), 0.0][: len(choices[site.name])]
+        return solve(budget, footprint, choices, losses, self.plan.groups)
+
+    def concrete(self, solution: Solution) -> Plan:
+        """The plan that says for every site what it gets, and needs no prices: to be read, edited and replayed."""
+        by_codec: dict[Codec, list[str]] = {}
+        for name, codec in solution.assigned.items():
+            by_codec.setdefault(codec, []).append(name)
+        steps = [Step(sites=names, use=codec) for codec, names in by_codec.items()]
+        steps += [step for step in self.plan.steps if step.apply is not None]
+        return self.plan.model_copy(update={"budget": None, "ram": None, "groups": [], "steps": steps})
+
+    def predicted(self, assigned: Mapping[str, Codec]) -> float | None:
+        """Expected KL of these codecs together, nats per token; None without data, or where an option has no price."""
+        if self.prices is None:
+            return None
+        found = [
+            self.losses[name][self.options[name].index(codec)]
+            for name, codec in assigned.items()
+            if name in self.losses
+        ]
+        return sum(found)
+
+    def again(
+        self, assigned: Mapping[str, Codec], compressed: Callable[[str], dict[str, Tensor]] | None
+    ) -> Iterator[tuple[str, dict[str, Moments]]]:
+        """The moments of every compressed site, unit by unit; see `moments_again`."""
+        assert self.prices is not None
+        prices = self.prices
+        sites = [site for site in self.source.sites if site.name in assigned and prices.reached(site)]
+        labels, folder = prices.labels, prices.folder
+        return moments_again(self.source, self.batches, sites, lambda s: kept_sums(s, folder), labels, compressed)
+
+
+def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device = "cpu", seed: int = 0) -> Priced:
+    """Prices what `plan` may do to a model on disk; kept in the cache, keyed by weights, data and settings.
+
+    Raises:
+        UsageError, EffllmError: see `StoredModel`, `folder_batches` and `collect_prices`.
+    """
+    device = torch.device(device)
+    source = StoredModel(checkpoint, torch.float32 if device.type == "cpu" else None, device)
+    options = plan.options(source.sites)
+    if not plan.solves:
+        return Priced(plan, source, [], options, None)
+    facts = {
+        "source": checkpoint.identity(),
+        "calibration": plan.calibration.model_dump(mode="json"),
+        "text": [text_identity(text) for text in plan.calibration.sources],
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "version": effllm.__version__,
+        "seed": seed,
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    batches = folder_batches(plan.calibration, source.model, checkpoint.folder)
+    return Priced(
+        plan, source, batches, options, collect_prices(source, options, batches, cache() / key[:16], key, seed)
+    )
+
+
+def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: Path, seed: int = 0) -> Priced:
+    """The same for a live model, `folder` being where hidden states and statistics may lie meanwhile."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    source = LiveModel(model, torch.float32 if on_cpu else None)
+    options = plan.options(source.sites)
+    prices = collect_prices(source, options, batches, folder, "", seed) if plan.solves else None
+    return Priced(plan, source, batches, options, prices)
+
+
+def cache() -> Path:
+    """Where prices are kept: `$EFFLLM_CACHE`, or `effllm` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("EFFLLM_CACHE") or Path(base) / "effllm") / "prices"

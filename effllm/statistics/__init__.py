@@ -1,0 +1,6 @@
+"""Statistics of calibration data: gradient-weighted input moments of every weight, by one streamed forward and backward."""
+
+from effllm.statistics.sweep import DRAWS, HEAD, TIED, Sweep
+from effllm.statistics.tap import Replay, Sums, Tap, moments, share_experts
+
+__all__ = ["DRAWS", "HEAD", "TIED", "Replay", "Sums", "Sweep", "Tap", "moments", "share_experts"]

@@ -1,0 +1,359 @@
+"""One streamed forward over calibration data, and one backward sweep that computes the blocks again.
+
+The forward keeps on disk what each gate (a block, or a weight outside the blocks) was given. The sweep goes from the last
+gate to the first: each is computed again, now with gradients, and what its weights saw and what came back at their outputs
+is summed. The gradients are those of labels drawn from the model itself, so that their mean square is the Fisher
+information, and with it the expected KL of a small error.
+
+A forward is cut at its gates; what lies between them (a final norm, say) is recorded by autograd as usual, so that any
+topology that runs forwards also runs backwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+
+from effllm.errors import EffllmError, UsageError
+from effllm.report.progress import track
+from effllm.site import Site, is_experts
+from effllm.source import Batch, Source, run_batch
+from effllm.source.lockstep import Call
+from effllm.statistics.spool import Spool
+from effllm.statistics.tap import Sums, Tap
+
+LOGITS = 1 << 25  # in memory at once, beside a few tensors of their size
+DRAWS = 2  # labels of every token
+HEAD, TIED = (
+    "head",
+    "tied",
+)  # the names under which weights behind the base model come, and those that several modules use
+
+
+@dataclass
+class _Leaf:
+    """A tensor that a gate returned: the gradients that reach it, one a draw, and where its value is kept."""
+
+    grads: dict[int, Tensor] = field(default_factory=dict)
+    file: Path | None = None
+
+    def add(self, draw: int, grad: Tensor) -> None:
+        self.grads[draw] = self.grads[draw] + grad if draw in self.grads else grad
+
+
+@dataclass
+class _Input:
+    """A tensor given to a gate that depends on another gate's output: it is that itself, or was computed from it."""
+
+    file: Path
+    leaf: _Leaf | None
+    computed: Tensor | None
+
+
+@dataclass
+class _Passing:
+    """One call of a gate, kept to be made again: flattened arguments with an `_Input` where a gradient flows back."""
+
+    arguments: list[Any]
+    spec: Any
+    leaves: list[_Leaf | None]
+    """Of the flattened outputs."""
+
+
+Arrivals = list[tuple[str, list[_Passing]]]
+
+
+class Sweep:
+    """The forward and the backward; `run` carries them out once.
+
+    Args:
+        source: the model, computed in the dtype in which its weights become resident.
+        batches: model inputs by name.
+        spool: a folder for hidden states and, from one gate to the next, the gradients that a killed sweep goes on with.
+        seed: of the labels.
+    """
+
+    def __init__(self, source: Source, batches: Sequence[Batch], spool: Path, seed: int = 0):
+        self.source, self.batches, self.seed = source, batches, seed
+        self.spool = Spool(spool)
+        self.tokens = 0
+        """Labels drawn for one draw: sums are divided by them, and by the draws."""
+        self._draw = 0
+        self._leaves: list[_Leaf] = []
+        self._tied: dict[str, list[Sums]] = {}
+
+    def run(self, done: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, list[Sums]]]]:
+        """Yields (gate, site -> sums of each use) from the last gate to the first, the gate's weights resident.
+
+        Gates in `done` were yielded by an earlier sweep over the same spool, and are left out. The first gate is `HEAD`,
+        for weights behind the base model; the last is `TIED`, for weights that several modules use.
+
+        Raises:
+            UsageError: the model returns no logits.
+            EffllmError: a gate returns NaN or inf (named), or there is nothing but padding.
+        """
+        model, behind = self.source.model, sites_behind(self.source)
+        with _frozen(model):
+            results: list[Any] = []
+            arrivals = self._forward(results, whole=not behind)
+            if done:
+                self._resume(len(done))
+            elif behind:
+                with self.source.resident(*self.source.units_of(behind)):
+                    tap = Tap(model, behind)
+                    for number in track(range(len(results)), "statistics: head", total=len(results)):
+                        self._head(number, results, tap)
+                    yield HEAD, self._sums(tap)
+            else:
+                for number in range(len(results)):
+                    self._draw_labels(number, results)
+                yield HEAD, {}
+            if not self.tokens:
+                raise EffllmError("the calibration data are nothing but padding; check the attention mask")
+            results.clear()
+            yield from self._backward(arrivals, done)
+            tied = [site for site in self.source.sites if site.name in self._tied]
+            with self.source.resident(*self.source.units_of(tied)):
+                yield TIED, self._tied
+
+    def _forward(self, results: list[Any], whole: bool) -> Arrivals:
+        """Each arrival at a gate, in order, with its passings."""
+        outside = [name for site in self.source.sites if site.block is None for name in (site.name, *site.tied)]
+        walked = set((self.source.model if whole else self.source.base).modules())
+        gates = [name for name in outside if self.source.model.get_submodule(name) in walked]
+        walk = self.source.walk(self.batches, gates, grad=True, results=results, whole=whole)
+        return [
+            (gate, [self._pass(gate, call) for call in calls]) for gate, calls in track(walk, "statistics: forward")
+        ]
+
+    def _pass(self, gate: str, call: Call) -> _Passing:
+        call.run()
+        flat, spec = tree_flatten((call.args, call.kwargs))
+        arguments = [self._keep(value) for value in flat]
+        outputs, shape = tree_flatten(call.output)
+        leaves: list[_Leaf | None] = [None] * len(outputs)
+        for place, value in enumerate(outputs):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if not torch.isfinite(value).all():
+                    raise EffllmError(
+                        f"{gate} returns NaN or inf on the calibration data; try --dtype float32, or other data"
+                    )
+                outputs[place], leaves[place] = self._cut(value)
+        call.output = tree_unflatten(outputs, shape)
+        return _Passing(arguments, spec, leaves)
+
+    def _keep(self, value: Any) -> Any:
+        """An argument as a passing keeps it: on disk, where a gradient flows back through it."""
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            return value
+        leaf: _Leaf | None = getattr(value, "effllm_leaf", None)
+        if leaf is None:
+            return _Input(self.spool.write(value), None, value)
+        leaf.file = leaf.file or self.spool.write(value)
+        return _Input(leaf.file, leaf, None)
+
+    def _cut(self, value: Tensor) -> tuple[Tensor, _Leaf]:
+        """A tensor of the same values at which autograd ends, and the record to which its gradients go."""
+        leaf, tensor = _Leaf(), value.detach().requires_grad_()
+
+        def receive(ended: Tensor) -> None:
+            if ended.grad is not None:
+                leaf.add(self._draw, ended.grad)
+                ended.grad = None
+
+        tensor.register_post_accumulate_grad_hook(receive)
+        tensor.effllm_leaf = leaf  # type: ignore[attr-defined]
+        self._leaves.append(leaf)
+        return tensor, leaf
+
+    def _head(self, number: int, results: list[Any], tap: Tap) -> None:
+        """Sends the gradients of drawn labels back through what lies behind the base model, a few tokens at a time."""
+        source, result = self.source, results[number]
+        batch, hidden, results[number] = self.batches[number], result.last_hidden_state, None
+        states, mask = hidden.detach().flatten(0, 1), counted(batch, hidden.shape[:2])
+        grads = [torch.zeros_like(states) for _ in range(DRAWS)]
+        step = max(1, LOGITS // source.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            given = states[part].unsqueeze(0).requires_grad_()
+            with torch.enable_grad(), tap, returning(source.base, type(result)(last_hidden_state=given)):
+                logits = logits_of(run_batch(source.model, batch, source.device))
+            for draw, label in enumerate(self._labels(logits, mask[part], number, start)):
+                grads[draw][part] = torch.autograd.grad(logits, given, label, retain_graph=draw < DRAWS - 1)[0][0]
+            tap.flush()
+        for draw, grad in enumerate(grads):
+            self._draw = draw
+            torch.autograd.backward(hidden, grad.view_as(hidden), retain_graph=draw < DRAWS - 1)
+
+    def _draw_labels(self, number: int, results: list[Any]) -> None:
+        """The same for a model that ran as a whole."""
+        logits, results[number] = logits_of(results[number]), None
+        mask = counted(self.batches[number], logits.shape[:-1])
+        for draw, label in enumerate(self._labels(logits, mask, number, 0)):
+            self._draw = draw
+            torch.autograd.backward(logits, label, retain_graph=draw < DRAWS - 1)
+
+    def _labels(self, logits: Tensor, mask: Tensor, *place: int) -> Iterator[Tensor]:
+        """For each draw, the gradient of the loss of labels drawn from `logits`; zero at padding."""
+        chances = logits.detach().float().softmax(-1).flatten(0, -2)
+        generator = torch.Generator(chances.device).manual_seed(hash((self.seed, *place)) % 2**63)
+        drawn = torch.multinomial(chances, DRAWS, replacement=True, generator=generator)
+        mask = mask.to(chances.device).unsqueeze(1)
+        self.tokens += int(mask.sum())
+        for draw in range(DRAWS):
+            grad = chances.scatter_add(1, drawn[:, draw : draw + 1], torch.full_like(chances[:, :1], -1))
+            yield grad.mul_(mask).view_as(logits).to(logits.dtype)
+
+    def _backward(self, arrivals: Arrivals, done: Sequence[str]) -> Iterator[tuple[str, dict[str, list[Sums]]]]:
+        first = {gate: number for number, (gate, _) in reversed(list(enumerate(arrivals)))}
+        taps: dict[str, Tap] = {}
+        processed = len(done) or 1
+        for number in track(range(len(arrivals) - 1, -1, -1), "statistics: backward", total=len(arrivals)):
+            gate, passings = arrivals[number]
+            if gate in done:
+                continue
+            with self.source.resident(*([gate] if gate in self.source.units else [])):
+                tap = taps.setdefault(gate, Tap(self.source.model, self._sites_at(gate)))
+                for place in range(len(passings)):
+                    self._pass_back(gate, passings[place], tap)
+                    passings[place].arguments.clear()
+                if first[gate] == number:
+                    processed += 1
+                    self._save(processed)
+                    yield gate, self._sums(taps.pop(gate))
+
+    def _sites_at(self, gate: str) -> list[Site]:
+        inside = [site for site in self.source.sites if site.block == gate]
+        return inside or [site for site in self.source.sites if gate in (site.name, *site.tied)]
+
+    def _sums(self, tap: Tap) -> dict[str, list[Sums]]:
+        """What a tap has summed, less what is used elsewhere too: that is kept until all uses are known."""
+        tied = {site.name for site in self.source.sites if site.tied}
+        for name in tap.sums.keys() & tied:
+            self._tied.setdefault(name, []).extend(tap.sums[name])
+        return {name: uses for name, uses in tap.sums.items() if name not in tied}
+
+    def _pass_back(self, gate: str, passing: _Passing, tap: Tap) -> None:
+        """Makes a call of a gate again and sends the gradients of its outputs back through it."""
+        module, arguments = self.source.model.get_submodule(gate), list(passing.arguments)
+        inputs = [(place, value) for place, value in enumerate(arguments) if isinstance(value, _Input)]
+        for place, value in inputs:
+            arguments[place] = self.spool.read(value.file, self.source.device).requires_grad_()
+        args, kwargs = tree_unflatten(arguments, passing.spec)
+        with torch.enable_grad(), _experts_one_by_one(module), tap:
+            outputs, _ = tree_flatten(module(*args, **kwargs))
+        pairs = [(out, leaf) for out, leaf in zip(outputs, passing.leaves, strict=True) if leaf and out.requires_grad]
+        for draw in range(DRAWS):
+            self._draw = draw
+            live = [(out, leaf.grads[draw]) for out, leaf in pairs if draw in leaf.grads]
+            if live:
+                torch.autograd.backward(
+                    [out for out, _ in live], [grad for _, grad in live], retain_graph=draw < DRAWS - 1
+                )
+            for place, value in inputs:
+                grad, arguments[place].grad = arguments[place].grad, None
+                if grad is not None and value.leaf is not None:
+                    value.leaf.add(draw, grad)
+                elif grad is not None and value.computed is not None:
+                    torch.autograd.backward(value.computed, grad, retain_graph=True)
+        tap.flush()
+        for _, leaf in pairs:
+            leaf.grads.clear()
+
+    def _save(self, processed: int) -> None:
+        """Writes what a sweep needs that goes on behind the gates processed so far; the state before stays beside it."""
+        state = {f"leaf.{n}.{d}": g for n, leaf in enumerate(self._leaves) for d, g in leaf.grads.items()}
+        for name, uses in self._tied.items():
+            for number, use in enumerate(uses):
+                state |= {f"tied.{number}.{key}.{name}": tensor for key, tensor in use.state(whole=True).items()}
+        self.spool.keep(f"state-{processed}", {**state, "tokens": torch.tensor(self.tokens)})
+        self.spool.drop(f"state-{processed - 2}")
+
+    def _resume(self, processed: int) -> None:
+        state = self.spool.kept(f"state-{processed}", self.source.device)
+        self.tokens = int(state.pop("tokens"))
+        uses: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            kind, number, rest = key.split(".", 2)
+            if kind == "leaf":
+                self._leaves[int(number)].add(int(rest), tensor)
+            else:
+                key, _, name = rest.partition(".")
+                uses.setdefault((name, int(number)), {})[key] = tensor
+        sites = {site.name: site for site in self.source.sites}
+        for place in sorted(uses):
+            self._tied.setdefault(place[0], []).append(Sums.from_state(sites[place[0]], uses[place]))
+
+
+def sites_behind(source: Source) -> list[Site]:
+    """The sites that a language model uses behind its base model; none where it is to run as a whole."""
+    model = source.model
+    if not isinstance(model, PreTrainedModel) or source.base is model or model.get_output_embeddings() is None:
+        return []
+    inside = set(source.base.modules())
+    outside = [site for site in source.sites if site.block is None]
+    return [s for s in outside if any(model.get_submodule(name) not in inside for name in (s.name, *s.tied))]
+
+
+def counted(batch: Batch, shape: torch.Size) -> Tensor:
+    """Which positions `[positions]` are no padding."""
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    if mask is None or mask.shape != shape:
+        return torch.ones(shape, dtype=torch.bool).flatten()
+    return mask.bool().flatten()
+
+
+def logits_of(result: Any) -> Tensor:
+    logits = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        raise UsageError(
+            "the model returns no logits over tokens or classes, so a loss cannot be priced in KL: use a plan without a "
+            "budget, or --fast, which prices without data"
+        )
+    return logits
+
+
+@contextlib.contextmanager
+def returning(base: nn.Module, result: Any) -> Iterator[None]:
+    """Lets `base` return `result` without computing anything."""
+    base.forward = lambda *args, **kwargs: result
+    try:
+        yield
+    finally:
+        del base.forward
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes a gradient, so that autograd records no more than the way from outputs to inputs."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _experts_one_by_one(block: nn.Module) -> Iterator[None]:
+    """Experts of a mixture run their class's own loop, which multiplies by one expert's matrix at a time."""
+    loops = {module: getattr(type(module).forward, "__wrapped__", None) for module in block.modules()}
+    experts = [module for module, loop in loops.items() if loop is not None and is_experts(module)]
+    for module in experts:
+        module.forward = partial(cast(Any, loops[module]), module)
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,37 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, 'demo', an alias such as llama-7b, or a hub id.")]
-PlanOption = Annotated[str, typer.Option("--plan", help="A preset (see 'effllm methods') or a plan file (.yaml).")]
+PlanOption = Annotated[
+    str | None,
+    typer.Option(
+        "--plan", help="A preset (see 'effllm methods') or a plan file (.yaml); layerwise-4bit without a budget."
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="What the weights may take: 2GB (of weight files), 4.25bpw (bits per weight) or 0.25x (of the original). Each "
+        "matrix gets the option that makes the expected loss least; with --plan, among what the plan offers.",
+    ),
+]
+RamOption = Annotated[
+    str | None, typer.Option("--ram", help="The same for weights, KV cache and scratch together, such as 3GB.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option("--context", min=1, help="Tokens of context in memory figures (4096).")
+]
+EffortOption = Annotated[
+    str | None,
+    typer.Option("--effort", help="fast: no data; normal: priced and solved on data; best: also trained on them."),
+]
+FastOption = Annotated[bool, typer.Option("--fast", help="Price without data, in seconds: the same as --effort fast.")]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs", help="original or compressed: what a matrix is solved for: the inputs it saw, or will see."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="GLOB=METHOD:key=value,... What these sites get, whatever the plan says. Repeatable."),
@@ -71,7 +102,13 @@ def options(
 @app.command(epilog="Example: effllm compress llama-7b --plan layerwise-4bit --out llama-4bit")
 def compress(
     model: ModelArgument,
-    plan: PlanOption = "layerwise-4bit",
+    plan: PlanOption = None,
+    budget: BudgetOption = None,
+    ram: RamOption = None,
+    context: ContextOption = None,
+    effort: EffortOption = None,
+    fast: FastOption = False,
+    inputs: InputsOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Output folder (./NAME-PLAN).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier effllm output.")] = False,
     check: Annotated[
@@ -97,7 +134,8 @@ def compress(
     """Compress a model folder into a packed one that from_pretrained loads. Killed? The same command resumes."""
     import effllm
 
-    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
+    spending = _spending(budget, ram, context, effort, fast, inputs)
+    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
     result = effllm.compress_folder(
         model, out, wanted, overwrite=overwrite, check=check, device=_device(device, threads), dtype=_dtype(dtype),
         max_memory=_bytes(max_memory), seed=seed, revision=revision,
@@ -113,32 +151,61 @@ def compress(
 @app.command(epilog="Example: effllm plan llama-7b --plan layerwise-4bit --context 8192 -o plan.yaml")
 def plan(
     model: ModelArgument,
-    plan: PlanOption = "layerwise-4bit",
+    plan: PlanOption = None,
+    budget: BudgetOption = None,
+    ram: RamOption = None,
+    context: ContextOption = None,
+    effort: EffortOption = None,
+    fast: FastOption = False,
+    inputs: InputsOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the plan to a file that replays exactly.")
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for the memory estimate.")] = 4096,
     set_: SetOption = None,
     exclude: ExcludeOption = None,
     calibration: CalibrationOption = None,
     samples: SamplesOption = None,
     sequence_length: LengthOption = None,
     score: ScoreOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a plan would do, from config and headers alone: every layer, its bits and bytes, the memory to run."""
+    """Show what a plan would do: every layer, its bits and bytes, the memory to run. Reads config and headers alone; with
+    a budget it also prices every option, and compress uses the prices again."""
     import effllm
     from effllm.report.tables import dry_run_json, show_dry_run
 
-    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length)
-    found = effllm.plan(model, wanted, context=context, revision=revision)
+    spending = _spending(budget, ram, context, effort, fast, inputs)
+    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
+    found = effllm.plan(model, wanted, revision=revision, device=_device(device, threads), seed=seed)
     if output is not None:
-        output.write_text(wanted.to_yaml(), encoding="utf-8")
+        output.write_text(found.plan.to_yaml(), encoding="utf-8")
     if as_json:
         _print(json.dumps(dry_run_json(found), indent=2))
     else:
         show_dry_run(found)
+
+
+@app.command(epilog="Example: effllm diff mine.yaml yours.yaml --model demo")
+def diff(
+    one: Annotated[str, typer.Argument(help="A preset or a plan file.", metavar="PLAN")],
+    other: Annotated[str, typer.Argument(help="Another.", metavar="PLAN")],
+    model: Annotated[str, typer.Option("--model", help="The model that the plans are for.")],
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where two plans differ: bits, bytes and expected loss, layer by layer."""
+    from effllm.report.diff import diff as compare
+    from effllm.report.diff import show
+
+    found = compare(one, other, model, revision)
+    if as_json:
+        _print(json.dumps([asdict(row) for row in found], indent=2))
+    else:
+        show(found, (one, other))
 
 
 @app.command("eval", epilog="Example: effllm eval ./out --baseline ./my-model --text my-texts.txt")
@@ -248,15 +315,26 @@ def autoload(
     _print(actions[action]())
 
 
-def _plan(
-    plan: str, sets: list[str] | None, excludes: list[str] | None, score: str | None, calibration: list[str] | None,
-    samples: int | None, sequence_length: int | None,
-) -> Any:  # fmt: skip
-    from effllm.plans import load_plan
+def _spending(
+    budget: str | None, ram: str | None, context: int | None, effort: str | None, fast: bool, inputs: str | None
+) -> dict[str, Any]:
+    if fast and effort not in (None, "fast"):
+        raise UsageError(f"--fast and --effort {effort} contradict each other; give one")
+    effort = "fast" if fast else effort
+    return {"budget": budget, "ram": ram, "context": context, "effort": effort, "inputs": inputs}
 
-    return load_plan(plan).override(
-        sets or (), excludes or (), score, sources=calibration, samples=samples, sequence_length=sequence_length
-    )
+
+def _plan(
+    plan: str | None, sets: list[str] | None, excludes: list[str] | None, score: str | None,
+    calibration: list[str] | None, samples: int | None, sequence_length: int | None, spending: dict[str, Any],
+) -> Any:  # fmt: skip
+    from effllm.plans import BUDGET, load_plan
+
+    limited = spending["budget"] or spending["ram"]
+    return load_plan(plan or (BUDGET if limited else "layerwise-4bit")).override(
+        sets or (), excludes or (), score, spending, sources=calibration, samples=samples,
+        sequence_length=sequence_length,
+    )  # fmt: skip
 
 
 def _device(device: str, threads: int | None) -> str:

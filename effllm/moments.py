@@ -99,7 +99,7 @@ class Moments:
         count = len(self.rows)
         index = torch.arange(count, device=errors.device) if index is None else index
         costs = 0.5 * self.rows[index] * self.metric.energies(errors, index / count)
-        return costs + self.other.costs(errors, index) if self.other else costs
+        return costs if self.other is None else costs + self.other.costs(errors, index)
 
     def of(self, index: Tensor) -> Moments:
         """The moments of the rows `index` alone; the factorisation is shared."""

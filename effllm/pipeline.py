@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effllm import hf
+from effllm.allocation.spending import Priced, price_live
 from effllm.checkpoint import resolve
 from effllm.data.inputs import BATCH, calibration_batches, folder_batches, modality, refuse_default
 from effllm.data.text import Document, load_tokenizer, windows_of
@@ -32,7 +33,6 @@ from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.site import Site, unchanged
 from effllm.source import Batch, LiveModel, Source
-from effllm.spending import Priced, price_live
 from effllm.surgery import refit_norms, refits_norms
 
 logger = logging.getLogger(__name__)

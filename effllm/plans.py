@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -19,6 +20,7 @@ from effllm.method import Codec, Edit, Score, from_spec, method_class, validated
 from effllm.site import Site
 
 Effort = Literal["fast", "normal", "best"]
+BUDGET = "budget"  # the preset that a budget without a plan means
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
 
@@ -241,10 +243,22 @@ class Plan(_Strict):
         return steps
 
     def override(
-        self, sets: Iterable[str] = (), excludes: Iterable[str] = (), score: str | None = None, **calibration: Any
+        self,
+        sets: Iterable[str] = (),
+        excludes: Iterable[str] = (),
+        score: str | None = None,
+        spending: Mapping[str, Any] = MappingProxyType({}),
+        **calibration: Any,
     ) -> Plan:
-        """The plan with the command line's changes: `GLOB=METHOD:key=value`, globs to exclude, score, calibration."""
+        """The plan with the command line's changes: `GLOB=METHOD:key=value`, globs to exclude, score, calibration; and
+        `spending`: budget, ram, context, effort, inputs."""
         values = self.model_dump(mode="json", exclude_defaults=True)
+        asked = {key: value for key, value in spending.items() if value is not None}
+        limit = asked.get("budget") or asked.get("ram")
+        if limit:
+            values = {key: value for key, value in values.items() if key not in ("budget", "ram")}
+            values["name"] = limit if self.name == BUDGET else f"{self.name}-{limit}"
+        values |= asked
         if score is not None:
             ordered = [step for step in values["steps"] if "order" in step]
             if not ordered:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 import effllm
 from effllm import hf
+from effllm.allocation.spending import Priced, price_folder
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
 from effllm.checkpoint.checksum import checksum, to_text
 from effllm.data.inputs import folder_batches, refuse_default
@@ -45,7 +46,6 @@ from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site, unchanged
 from effllm.source import Source, StoredModel
-from effllm.spending import Priced, price_folder
 
 logger = logging.getLogger(__name__)
 

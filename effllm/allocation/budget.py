@@ -24,7 +24,7 @@ Unit = Literal["bytes", "bpw", "x"]
 
 @dataclass(frozen=True)
 class Budget:
-    """`2GB` of weight files, `4.25bpw` (bits per weight over all sites that are not excluded), or `0.25x` of the original."""
+    """`2GB` of weight files, `4.25bpw` (bits per weight of all sites not excluded), or `0.25x` of the original."""
 
     value: float
     unit: Unit

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from effllm.journal import RunJournal
+from effllm.journal import JOURNAL, RunJournal
 from effllm.layers.placing import refuse_nonfinite
 from effllm.method import Codec
 from effllm.moments import Moments
@@ -26,7 +26,7 @@ from effllm.source import Batch, Source
 from effllm.statistics import DRAWS, TIED, Sums, Sweep, moments, share_experts
 from effllm.statistics.spool import write_tensors
 
-PROBED_BITS = 3.0  # stored bits per weight of the option that is probed, or as near as the options come
+PROBED_BITS = 4.0  # stored bits per weight of the option that is probed, or as near as the options come
 PROBE_TOKENS = 1024
 Options = Mapping[str, tuple[Codec, ...]]
 """Site -> what it may get."""
@@ -36,9 +36,8 @@ Options = Mapping[str, tuple[Codec, ...]]
 class Prices:
     """Expected KL to the model, nats per token (or image)."""
 
-    options: Options
-    losses: dict[str, list[float]]
-    """Site -> the price of each of its options. Sites that the data never reach have none."""
+    losses: dict[str, dict[str, float]]
+    """Site -> label of a codec -> its price. Sites that the data never reach have none."""
     probes: dict[str, tuple[float, float]]
     """Block, or site outside the blocks -> the predicted and the measured KL of its probe."""
     labels: int
@@ -49,11 +48,11 @@ class Prices:
         """Whether the calibration data came by."""
         return (self.folder / f"{site.name}.safetensors").exists()
 
-    def corrected(self, site: Site) -> list[float]:
-        """The prices of a site's options, scaled by what the probe of its block has shown."""
+    def corrected(self, site: Site, codec: Codec) -> float:
+        """The price of a codec at a site, scaled by what the probe of its block has shown."""
         predicted, measured = self.probes.get(site.block or site.name, (1.0, 1.0))
         factor = measured / predicted if predicted > 0 and measured > 0 else 1.0
-        return [loss * factor for loss in self.losses[site.name]]
+        return self.losses[site.name][codec.label()] * factor
 
 
 def collect_prices(
@@ -80,21 +79,26 @@ def collect_prices(
         if journal.find("probes", "all") is None:
             journal.add("probes", "all", kl=_probe(source, batches, journal, spool))
         shutil.rmtree(spool, ignore_errors=True)
-        return read_prices(options, journal)
+        return _read(journal)
 
 
-def read_prices(options: Options, journal: RunJournal) -> Prices:
-    """What `collect_prices` recorded."""
+def cached_prices(folder: Path, key: str) -> Prices | None:
+    """What `collect_prices` has found in `folder`, where it has finished."""
+    if not (folder / JOURNAL).exists():
+        return None
+    journal = RunJournal(folder, key)
+    return _read(journal) if journal.find("probes", "all") else None
+
+
+def _read(journal: RunJournal) -> Prices:
     gates = list(journal.all("gate").values())
     measured = journal.all("probes")["all"]["kl"]
     predicted: dict[str, float] = {}
     for gate in gates:
         for unit, loss in gate["predicted"].items():
             predicted[unit] = predicted.get(unit, 0.0) + loss
-    losses = {site: prices for gate in gates for site, prices in gate["losses"].items()}
     return Prices(
-        options,
-        {site: [losses[site][codec.label()] for codec in options[site]] for site in options if site in losses},
+        {site: losses for gate in gates for site, losses in gate["losses"].items()},
         {unit: (predicted[unit], kl) for unit, kl in measured.items()},
         gates[-1]["labels"],
         journal.folder,
@@ -111,7 +115,11 @@ def _covers(journal: RunJournal, options: Options) -> bool:
 def _price_gate(
     source: Source, options: Options, sums: dict[str, list[Sums]], labels: int, spool: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Site -> the prices of its options; and what its probe is predicted to cost, by unit. The probe's weights are kept."""
+    """Site -> the prices of its options; and what its probe is predicted to cost, by unit. The probe's weights are kept.
+
+    The probe is rounded to nearest, which takes no factorisation of whole matrices: what it tells is how far the metric is
+    from the truth in this block, and that depends little on where an error comes from.
+    """
     losses: dict[str, dict[str, float]] = {}
     predicted: dict[str, float] = {}
     changed: Weights = {}
@@ -124,10 +132,8 @@ def _price_gate(
         refuse_nonfinite(site.parameter, weight)
         rows = sample_rows(weight, found)
         losses[site.name] = {codec.label(): price(codec, weight, found, rows) for codec in options[site.name]}
-        codec = min(
-            options[site.name], key=lambda codec: abs(8 * codec.stored_bytes(site.shape) / site.size - PROBED_BITS)
-        )
-        decoded = codec.decode(codec.encode(weight, found), site.shape).to(weight.dtype)
+        codec = min(options[site.name], key=lambda one: abs(8 * one.stored_bytes(site.shape) / site.size - PROBED_BITS))
+        decoded = codec.decode(codec.encode(weight), site.shape).to(weight.dtype)
         unit = site.block or site.name
         predicted[unit] = predicted.get(unit, 0.0) + cost(decoded, weight, found)
         if site.parameter not in changed:

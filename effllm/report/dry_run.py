@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from effllm.allocation.spending import price_folder
 from effllm.checkpoint import Checkpoint, aliases, resolve
 from effllm.checkpoint.skeleton import model_class, skeleton
+from effllm.data.inputs import refuse_default
+from effllm.errors import UsageError
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
@@ -60,26 +63,42 @@ class DryRun:
     """The same in words, with steps that have nothing to act on and batch norms that are not refitted."""
     unloaded: list[str] = field(default_factory=list)
     """Tensors of the checkpoint that the class does not load; kept byte for byte."""
+    budget: str | None = None
+    """What the plan was chosen within."""
+    predicted_kl: float | None = None
+    """Expected KL to the original, nats per token (or image); None without data."""
+    gap: float | None = None
+    """How far the expected loss is above that of the best choice at most, as a share of it."""
 
 
 def plan(
     model: str | Path | PreTrainedModel,
     plan: str | Path | dict[str, Any] | Plan = "layerwise-4bit",
-    context: int = 4096,
+    context: int | None = None,
     revision: str | None = None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> DryRun:
     """What `plan` would do to `model`; reads no weights, and for an alias no file at all.
 
+    A plan with a budget is the exception: every option is priced, on calibration data unless its effort is `fast`, and
+    what comes back is the plan that says for every weight what it gets. Prices are kept for `compress_folder` to use.
+
     Args:
-        model: a live model, a folder, `demo`, an alias or a hub id.
+        model: a live model, a folder, `demo`, an alias or a hub id; with a budget a folder, `demo` or a hub id.
         plan: a preset's name, a YAML file, a dictionary or a `Plan`.
-        context: tokens of the KV cache in the memory estimate.
+        context: tokens of the KV cache in the memory estimate; what the plan says by default.
         revision: hub revision.
+        device: where options are priced.
+        seed: of labels drawn from the model.
 
     Raises:
         UsageError, EffllmError: as `compress_folder` would.
     """
     wanted = load_plan(plan)
+    context = context or wanted.context
+    if wanted.limited:
+        return _within_budget(model, wanted, context, revision, device, seed)
     unloaded: list[str] = []
     extra = 0
     if isinstance(model, PreTrainedModel):
@@ -95,6 +114,24 @@ def plan(
         shape, unloaded = stored.model, stored.unloaded
         extra = sum(stored.checkpoint.tensors[key].nbytes for key in unloaded)
     return _describe(name, shape, wanted, context, unloaded, extra)
+
+
+def _within_budget(
+    model: str | Path | PreTrainedModel, wanted: Plan, context: int, revision: str | None, device: str, seed: int
+) -> DryRun:
+    """The plan that a budget buys, described, with what it is expected to cost."""
+    if isinstance(model, PreTrainedModel):
+        raise UsageError("a budget is planned for a model folder; of a live model, effllm.compress spends it at once")
+    checkpoint = Checkpoint.open(resolve(model, revision))
+    stored = StoredModel(checkpoint)
+    refuse_default(wanted, stored.model)
+    priced = price_folder(wanted, checkpoint, device, seed)
+    extra = {name: checkpoint.tensors[name].nbytes for name in stored.unloaded}
+    solution = priced.solution(stored.model, checkpoint.stored_bytes, extra)
+    concrete = priced.concrete(solution)
+    found = _describe(str(model), stored.model, concrete, context, stored.unloaded, sum(extra.values()))
+    loss = priced.predicted(solution.assigned)
+    return replace(found, budget=wanted.budget or f"{wanted.ram} to run", predicted_kl=loss, gap=solution.gap)
 
 
 def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unloaded: list[str], extra: int) -> DryRun:

@@ -70,6 +70,12 @@ def show_dry_run(found: DryRun) -> None:
                 f"{high} of {blocks} blocks get {step.high.label()}, the others {step.low.label()}: "
                 f"{step.order.label()} decides at compress time"
             )
+    if found.budget is not None:
+        exact = "the best choice" if not found.gap else f"within {found.gap:.2%} of the best choice"
+        loss = "no KL is predicted without data" if found.predicted_kl is None else (
+            f"expected KL to the original {found.predicted_kl:.4f} nats a token"
+        )  # fmt: skip
+        console.print(f"budget        {found.budget}: {loss}; {exact} by these prices")
     for line in found.remarks:
         console.print(line)
     for name in found.unloaded:

@@ -46,8 +46,11 @@ class Priced:
     def losses(self) -> dict[str, list[float]]:
         """Site -> what each of its options costs; sites that the calibration data never reach are not there."""
         if self.prices is not None:
-            sites = [site for site in self.source.sites if site.name in self.prices.losses]
-            return {site.name: self.prices.corrected(site) for site in sites}
+            return {
+                site.name: [self.prices.corrected(site, codec) for codec in self.options[site.name]]
+                for site in self.source.sites
+                if site.name in self.prices.losses and site.name in self.options
+            }
         found = {}
         for unit in track(list(self.source.units), "price"):
             members = [
@@ -136,6 +139,13 @@ def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device 
     options = plan.options(source.sites)
     if not plan.solves:
         return Priced(plan, source, [], options, None)
+    key = price_key(plan, checkpoint, device, seed)
+    batches = folder_batches(plan.calibration, source.model, checkpoint.folder)
+    return Priced(plan, source, batches, options, collect_prices(source, options, batches, cache(key), key, seed))
+
+
+def price_key(plan: Plan, checkpoint: Checkpoint, device: torch.device, seed: int) -> str:
+    """Identifies prices: what they were found on, and how."""
     facts = {
         "source": checkpoint.identity(),
         "calibration": plan.calibration.model_dump(mode="json"),
@@ -145,11 +155,7 @@ def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device 
         "version": effllm.__version__,
         "seed": seed,
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    batches = folder_batches(plan.calibration, source.model, checkpoint.folder)
-    return Priced(
-        plan, source, batches, options, collect_prices(source, options, batches, cache() / key[:16], key, seed)
-    )
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: Path, seed: int = 0) -> Priced:
@@ -161,7 +167,7 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
     return Priced(plan, source, batches, options, prices)
 
 
-def cache() -> Path:
-    """Where prices are kept: `$EFFLLM_CACHE`, or `effllm` in the user's cache folder."""
+def cache(key: str) -> Path:
+    """Where prices are kept: in `$EFFLLM_CACHE`, or `effllm` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFLLM_CACHE") or Path(base) / "effllm") / "prices"
+    return Path(os.environ.get("EFFLLM_CACHE") or Path(base) / "effllm") / "prices" / key[:16]

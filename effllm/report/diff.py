@@ -1,0 +1,110 @@
+"""Two plans for one model, site by site, where they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from effllm.allocation.spending import cache, price_key
+from effllm.checkpoint import Checkpoint, resolve
+from effllm.errors import UsageError
+from effllm.method import Codec
+from effllm.plans import Plan, load_plan
+from effllm.price.collect import Prices, cached_prices
+from effllm.report.dry_run import plan as describe
+from effllm.site import Site
+from effllm.source import StoredModel
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one plan gives a site."""
+
+    label: str
+    bits: float
+    nbytes: int
+    loss: float | None
+    """Expected KL, nats per token; None where it is not known without work."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A site to which two plans give different things."""
+
+    site: str
+    one: Side
+    other: Side
+
+
+def diff(one: str | Path | Plan, other: str | Path | Plan, model: str | Path, revision: str | None = None,
+         seed: int = 0) -> list[Difference]:  # fmt: skip
+    """The sites of `model` to which the plans give different codecs, in model order.
+
+    A plan with a budget is solved first. Losses are those of prices in the cache: plan or compress with the same
+    calibration data puts them there.
+
+    Raises:
+        UsageError, EffllmError: see `load_plan` and `effllm.plan`; a plan that orders blocks, which only compressing does.
+    """
+    checkpoint = Checkpoint.open(resolve(model, revision))
+    source = StoredModel(checkpoint)
+    plans = [_concrete(plan, model, revision, seed) for plan in (one, other)]
+    assigned = [plan.assign(source.sites, {}) for plan in plans]
+    prices = [_prices(plan, checkpoint, seed) for plan in plans]
+    dense = source.dtype.itemsize
+    found = []
+    for site in source.sites:
+        codecs = [codecs.get(site.name) for codecs in assigned]
+        if codecs[0] != codecs[1]:
+            sides = [_side(site, codec, price, dense) for codec, price in zip(codecs, prices, strict=True)]
+            found.append(Difference(site.name, *sides))
+    return found
+
+
+def _concrete(plan: str | Path | Plan, model: str | Path, revision: str | None, seed: int) -> Plan:
+    wanted = load_plan(plan)
+    if wanted.scores():
+        raise UsageError(
+            f"plan {wanted.name} orders blocks, which only compressing does: there is nothing to compare before"
+        )
+    return describe(model, wanted, revision=revision, seed=seed).plan if wanted.limited else wanted
+
+
+def _prices(plan: Plan, checkpoint: Checkpoint, seed: int) -> Prices | None:
+    key = price_key(plan, checkpoint, torch.device("cpu"), seed)
+    return cached_prices(cache(key), key)
+
+
+def _side(site: Site, codec: Codec | None, prices: Prices | None, dense: int) -> Side:
+    if codec is None:
+        return Side("unchanged", 8.0 * dense, site.size * dense, 0.0)
+    nbytes = codec.stored_bytes(site.shape)
+    known = prices is not None and codec.label() in prices.losses.get(site.name, {})
+    loss = prices.corrected(site, codec) if prices is not None and known else None
+    return Side(codec.label(), 8 * nbytes / site.size, nbytes, loss)
+
+
+def show(found: list[Difference], names: tuple[str, str]) -> None:
+    """The differences as a table, and their sums."""
+    console = Console()
+    if not found:
+        console.print(f"{names[0]} and {names[1]} give every layer the same")
+        return
+    table = Table("layer", *names, "bits", "MB", "expected KL", title_justify="left")
+    for row in found:
+        sides = (row.one, row.other)
+        losses = " -> ".join("?" if side.loss is None else f"{side.loss:.5f}" for side in sides)
+        bits = " -> ".join(f"{side.bits:.2f}" for side in sides)
+        size = " -> ".join(f"{side.nbytes / 1e6:.3f}" for side in sides)
+        table.add_row(row.site, row.one.label, row.other.label, bits, size, losses)
+    console.print(table)
+    change = sum(row.other.nbytes - row.one.nbytes for row in found)
+    known = [(row.one.loss, row.other.loss) for row in found]
+    line = f"{len(found)} layers differ: {change:+,} bytes"
+    if all(one is not None and other is not None for one, other in known):
+        line += f", {sum((other or 0) - (one or 0) for one, other in known):+.5f} nats a token expected"
+    console.print(line)

@@ -70,8 +70,8 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calibration",
         help="Data to learn from. Text: a file, a folder, or a datasets id as id:config:split:column; @weight sets its "
-        "share (default: the slice of public-domain books in the package). Vision models: a folder of images, or .npz. "
-        "Speech models: a folder of .wav files. Repeatable.",
+        "share (default: the slice of public-domain books in the package; self: what the model itself writes). Vision "
+        "models: a folder of images, or .npz. Speech models: a folder of .wav files. Repeatable.",
     ),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows (64).")]

@@ -67,6 +67,7 @@ class Metric:
 def inverse_factor(A: Tensor) -> Tensor:
     """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`, whose diagonal is raised until that exists."""
     step = DAMPING * A.diagonal().mean()
+    factor: Tensor
     for power in range(8):
         lower, failed = torch.linalg.cholesky_ex(A)
         if not failed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ import effllm
 from effllm.allocation import Solution, solve
 from effllm.allocation.budget import Budget, Footprint, header_bytes, weights_within
 from effllm.checkpoint import Checkpoint
+from effllm.data.caching import cache_folder
 from effllm.data.inputs import folder_batches
 from effllm.data.text import text_identity
 from effllm.errors import UsageError
@@ -168,6 +168,5 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
 
 
 def cache(key: str) -> Path:
-    """Where prices are kept: in `$EFFLLM_CACHE`, or `effllm` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFLLM_CACHE") or Path(base) / "effllm") / "prices" / key[:16]
+    """Where prices are kept."""
+    return cache_folder("prices") / key[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effllm.data.images import image_batches
+from effllm.data.own import own_windows
 from effllm.data.speech import speech_batches
 from effllm.data.text import load_tokenizer, token_windows
 from effllm.errors import UsageError
@@ -50,9 +52,12 @@ def refuse_default(plan: Plan, model: PreTrainedModel) -> None:
     )
 
 
-def calibration_batches(settings: Calibration, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-    """Calibration text as batches of token ids `[up to 8, sequence_length]`."""
-    tokens = token_windows(tokenizer, settings.sources, settings.samples, settings.sequence_length)
+def calibration_batches(
+    settings: Calibration, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
+) -> list[Batch]:
+    """Calibration text as batches of token ids `[up to 8, sequence_length]`; the model in `folder` may write its own."""
+    own = partial(own_windows, folder, tokenizer) if folder is not None else None
+    tokens = token_windows(tokenizer, settings.sources, settings.samples, settings.sequence_length, own=own)
     logger.info("calibration: %s, %d x %d tokens", ", ".join(settings.sources), *tokens.shape)
     return [{"input_ids": part} for part in tokens.split(BATCH)]
 
@@ -65,7 +70,7 @@ def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) 
     """
     kind = modality(model)
     if kind == "text":
-        return calibration_batches(settings, load_tokenizer(folder))
+        return calibration_batches(settings, load_tokenizer(folder), folder)
     if kind == "images":
         batches = list(image_batches(folder, settings.sources, settings.samples, BATCH))
     else:

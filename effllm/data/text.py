@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from effllm.errors import EffllmError, UsageError
 
 CALIBRATION_TEXT = "calibration.txt"
 EVALUATION_TEXT = "evaluation.txt"
+SELF = "self"
 Document = str | list[dict[str, Any]]
 
 
@@ -41,12 +42,13 @@ def token_windows(
     samples: int | None,
     length: int,
     default: str = CALIBRATION_TEXT,
+    own: Callable[[int, int], Tensor] | None = None,
 ) -> Tensor:
     """Windows of text as token ids `[samples, length]` (int64), spread evenly over the text of each source.
 
-    A source is `default` (the slice in the package), a .txt, .json or .jsonl file, a folder of them, or a `datasets` id
-    as `id:config:split:column`; `@weight` at its end sets its share of the samples. Each window begins with the
-    tokenizer's begin-of-text token, if it has one. Messages go through the tokenizer's chat template. Windows never
+    A source is `default` (the slice in the package), `self` (what the model writes: `own(samples, length)`), a .txt, .json
+    or .jsonl file, a folder of them, or a `datasets` id as `id:config:split:column`; `@weight` at its end sets its share of
+    the samples. Each window begins with the tokenizer's begin-of-text token, if it has one. Messages go through the tokenizer's chat template. Windows never
     overlap: where the text is short, fewer come back. `samples` None takes the whole text.
 
     Raises:
@@ -58,6 +60,11 @@ def token_windows(
     windows = []
     for source, weight in weighted:
         count = None if samples is None else max(1, round(samples * weight / total))
+        if source == SELF:
+            if own is None or count is None:
+                raise UsageError("text of the model's own ('self') is for calibration of a model folder")
+            windows.append(own(count, length))
+            continue
         path = packaged_text(default) if source == "default" else source
         windows.append(windows_of(tokenizer, documents(path), count, length, str(path)))
     return torch.cat(windows)
@@ -78,6 +85,8 @@ def _split_weight(source: str) -> tuple[str, float]:
 
 def text_identity(source: str) -> list[Any]:
     """What tells a changed text from an unchanged one: name, size and modification time of every file of `source`."""
+    if _split_weight(source)[0] == SELF:
+        return [source]
     path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(_split_weight(source)[0])
     members = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in members]

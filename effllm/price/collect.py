@@ -173,7 +173,7 @@ def kept_sums(site: Site, folder: Path) -> list[Sums]:
 
 
 def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool: Path) -> dict[str, float]:
-    units = [unit for gate in journal.all("gate").values() for unit in gate["predicted"]]
+    units = {unit: unit for gate in journal.all("gate").values() for unit in gate["predicted"]}
 
     def changed(unit: str) -> Weights:
         with safe_open(spool / f"probe-{unit}.safetensors", framework="pt", backend="pread") as handle:

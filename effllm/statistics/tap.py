@@ -36,7 +36,7 @@ class Sums:
 
     def add_product(self, x: Tensor, grads: Sequence[Tensor]) -> None:
         """`x` `[tokens, parts, columns]` met the weight, and `grads` `[tokens, rows]` came back, one a draw."""
-        energy = torch.stack([g.view(len(g), self.parts, -1).square().sum(-1) for g in grads]).sum(0)
+        energy = sum(torch.linalg.vector_norm(g.view(len(g), self.parts, -1), dim=-1).square() for g in grads)
         self.rows = self.rows.to(x.device) + torch.stack([g.square().sum(0) for g in grads]).sum(0)
         self.energies.append(energy.cpu())
         self.add_inputs(x, energy)

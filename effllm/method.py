@@ -81,6 +81,13 @@ class Codec(Method):
         tensor may be called `weight`: a reader that does not know the codec would take it for the dense matrix.
         """
 
+    @classmethod
+    def encode_each(
+        cls, codecs: Sequence[Codec], weight: Tensor, moments: Moments | None = None
+    ) -> list[dict[str, Tensor]]:
+        """`encode` of one weight by several codecs of this class. Override where they share work."""
+        return [codec.encode(weight, moments) for codec in codecs]
+
     @abstractmethod
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """The matrix `[rows, columns]`, in any float dtype, from what `encode` returned. Pure and deterministic."""

@@ -46,6 +46,8 @@ from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site, unchanged
 from effllm.source import Source, StoredModel
+from effllm.statistics import DRAWS
+from effllm.statistics.tap import WIDEST
 
 logger = logging.getLogger(__name__)
 
@@ -192,14 +194,19 @@ def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
 
 
 def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
-    """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states."""
+    """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states.
+
+    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws.
+    """
     blocks: dict[str | None, int] = {}
+    width, lanes = (4, 2 + DRAWS) if wanted.solves else (dtype.itemsize, 1)
     for site in sites:
-        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * dtype.itemsize
+        moments = 2 * min(site.shape[1], WIDEST) ** 2 if wanted.solves else 0
+        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * width + moments
     settings, hidden = wanted.calibration, 0
     if wanted.needs_data:
         hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
-        hidden *= settings.samples * dtype.itemsize
+        hidden *= settings.samples * width * lanes
     return 2 * max(blocks.values(), default=0) + hidden
 
 

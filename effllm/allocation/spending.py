@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.report.progress import track
 from effllm.source import Batch, LiveModel, Source, StoredModel
 from effllm.statistics.again import moments_again
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,19 @@ def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device 
         return Priced(plan, source, [], options, None)
     key = price_key(plan, checkpoint, device, seed)
     batches = folder_batches(plan.calibration, source.model, checkpoint.folder)
-    return Priced(plan, source, batches, options, collect_prices(source, options, batches, cache(key), key, seed))
+    priced = Priced(plan, source, batches, options, collect_prices(source, options, batches, cache(key), key, seed))
+    warn_unreached(priced)
+    return priced
+
+
+def warn_unreached(priced: Priced) -> None:
+    """Says which sites have no price, because the calibration data never come by."""
+    if priced.prices is None:
+        return
+    left = [name for name in priced.options if name not in priced.prices.losses]
+    if left:
+        more = ", ..." if len(left) > 1 else ""
+        logger.warning("%d layers are never reached by the calibration data: %s%s", len(left), left[0], more)
 
 
 def price_key(plan: Plan, checkpoint: Checkpoint, device: torch.device, seed: int) -> str:
@@ -164,7 +179,9 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
     source = LiveModel(model, torch.float32 if on_cpu else None)
     options = plan.options(source.sites)
     prices = collect_prices(source, options, batches, folder, "", seed) if plan.solves else None
-    return Priced(plan, source, batches, options, prices)
+    priced = Priced(plan, source, batches, options, prices)
+    warn_unreached(priced)
+    return priced
 
 
 def cache(key: str) -> Path:

@@ -48,8 +48,9 @@ def token_windows(
 
     A source is `default` (the slice in the package), `self` (what the model writes: `own(samples, length)`), a .txt, .json
     or .jsonl file, a folder of them, or a `datasets` id as `id:config:split:column`; `@weight` at its end sets its share of
-    the samples. Each window begins with the tokenizer's begin-of-text token, if it has one. Messages go through the tokenizer's chat template. Windows never
-    overlap: where the text is short, fewer come back. `samples` None takes the whole text.
+    the samples. Each window begins with the tokenizer's begin-of-text token, if it has one. Messages go through the
+    tokenizer's chat template. Windows never overlap: where the text is short, fewer come back. `samples` None takes the
+    whole text.
 
     Raises:
         UsageError: a source that is no file, folder or dataset id, or a bad weight.

@@ -6,18 +6,22 @@ activation order), in the metric of `effllm.moments`, whose inputs are weighted 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from effllm.moments import Metric
 
-COLUMNS = 128  # that are compensated one by one before the rest is, with one product
-ROWS = 1 << 13  # at a time
+COLUMNS = 8  # at most, that are compensated one by one; more of them by a product of matrices
+AT_ONCE = 1 << 24  # weights in fp32, and as many errors
 
-Snap = Callable[[int, slice, Tensor], Tensor]
-"""(column, rows, values `[rows]`) -> the nearest values of the grid there."""
+SMALL = 1 << 22  # weights
+
+Snap = Callable[[slice, int, Tensor], Tensor]
+"""(rows, column, values `[rows]`) -> the nearest values of the grid there."""
 
 
 def column_weights(metric: Metric) -> Tensor:
@@ -36,17 +40,40 @@ def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
     """`weight` `[rows, columns]` on the grid of `snap`, fp32, with small e A e^T for the error e of every row."""
     order, factor = metric.factor
     rounded = torch.empty(weight.shape, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
+    step = max(1, AT_ONCE // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         left = weight[rows].float().t()[order].contiguous()
-        for first in range(0, len(order), COLUMNS):
-            block, errors = left[first : first + COLUMNS], torch.empty_like(left[first : first + COLUMNS])
-            within = factor[first : first + COLUMNS, first : first + COLUMNS]
-            for place in range(len(block)):
-                values = snap(int(order[first + place]), rows, block[place])
-                errors[place] = (block[place] - values) / within[place, place]
-                block[place + 1 :].addr_(within[place, place + 1 :], errors[place], alpha=-1)
-                block[place] = values
-            left[first + COLUMNS :].addmm_(factor[first : first + COLUMNS, first + COLUMNS :].t(), errors, alpha=-1)
+        with _threads_for(left.numel()):
+            _round(left, torch.empty_like(left), factor, order.tolist(), slice(0, len(left)), partial(snap, rows))
         rounded[rows] = left[order.argsort()].t()
     return rounded
+
+
+def _round(
+    left: Tensor, errors: Tensor, factor: Tensor, order: list[int], span: slice, snap: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Rounds the columns `span` of `left` `[columns, rows]` in place: one half, what it owes the other, and the other."""
+    first, last = span.start, span.stop
+    if last - first > COLUMNS:
+        middle = (first + last) // 2
+        _round(left, errors, factor, order, slice(first, middle), snap)
+        left[middle:last].addmm_(factor[first:middle, middle:last].t(), errors[first:middle], alpha=-1)
+        _round(left, errors, factor, order, slice(middle, last), snap)
+        return
+    for place in range(first, last):
+        values = snap(order[place], left[place])
+        torch.sub(left[place], values, out=errors[place]).div_(factor[place, place])
+        left[place + 1 : last].addr_(factor[place, place + 1 : last], errors[place], alpha=-1)
+        left[place] = values
+
+
+@contextlib.contextmanager
+def _threads_for(weights: int) -> Iterator[None]:
+    """One thread where there is so little to do that threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if weights < SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

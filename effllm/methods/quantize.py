@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Quantize(Codec):
         if self.group_size == "tensor":
             weight = weight.reshape(1, -1)
         elif moments is not None:
-            return self._solve(weight, moments.solving)
+            return _solve([self], weight, moments.solving)[0]
         return encode_by_rows(self._encode_rows, weight, ENCODE_CHUNK)
 
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -94,28 +95,14 @@ class Quantize(Codec):
         codes = self._steps(x, scale, zero, torch.empty_like(x)).add_(zero).to(torch.uint8)
         return self._stored(codes.view(len(x), -1)[:, :columns], scale, zero)
 
-    def _solve(self, weight: Tensor, metric: Metric) -> dict[str, Tensor]:
-        """Error feedback on ranges that are searched first, with the weights that suit it."""
-        rows, columns = weight.shape
-        size, groups = self._groups(columns)
-        importance = F.pad(column_weights(metric), (0, groups * size - columns)).view(groups, size)
-        step = max(1, ENCODE_CHUNK // columns)
-        fitted = [self._fit(self._grouped(part), importance) for part in weight.split(step)]
-        scale, zero = (torch.cat(parts).squeeze(-1) for parts in zip(*fitted, strict=True))
-        scales, zeros, top = scale.t().contiguous(), zero.t().contiguous(), 2**self.bits - 1
-
-        def snap(column: int, part: slice, values: Tensor) -> Tensor:
-            s, z = scales[column // size, part], zeros[column // size, part]
-            steps = torch.minimum(torch.maximum((values / s).round_(), -z), top - z)
-            return steps.mul_(s)
-
-        rounded = round_with_feedback(weight, metric, snap)
-        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        for part in torch.arange(rows, device=weight.device).split(step):
-            x = self._grouped(rounded[part])
-            steps = (x / scale[part].unsqueeze(-1)).round_().add_(zero[part].unsqueeze(-1))
-            codes[part] = steps.to(torch.uint8).view(len(part), -1)[:, :columns]
-        return self._stored(codes, scale.unsqueeze(-1), zero.unsqueeze(-1))
+    @classmethod
+    def encode_each(
+        cls, codecs: Sequence[Codec], weight: Tensor, moments: Moments | None = None
+    ) -> list[dict[str, Tensor]]:
+        own = cast(Sequence[Quantize], codecs)
+        if moments is None or any(codec.group_size == "tensor" for codec in own):
+            return super().encode_each(codecs, weight, moments)
+        return _solve(own, weight, moments.solving)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """`[rows, groups, size]` in fp32; the last group is filled up with zeros."""
@@ -162,3 +149,38 @@ class Quantize(Codec):
         steps = torch.div(x, scale, out=out).round_()
         torch.maximum(steps, -zero, out=steps)
         return torch.minimum(steps, 2**self.bits - 1 - zero, out=steps)
+
+
+def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[dict[str, Tensor]]:
+    """Error feedback on ranges that are searched first, with the weights that suit it; all codecs in one pass of columns."""
+    (rows, columns), importance = weight.shape, column_weights(metric)
+    sizes = [codec._groups(columns)[0] for codec in codecs]
+    step, run = max(1, ENCODE_CHUNK // columns), math.gcd(*sizes)
+    fitted = []
+    for codec, size in zip(codecs, sizes, strict=True):
+        padded = F.pad(importance, (0, -columns % size)).view(-1, size)
+        parts = [codec._fit(codec._grouped(part), padded) for part in weight.split(step)]
+        fitted.append([torch.cat(found).squeeze(-1) for found in zip(*parts, strict=True)])
+
+    def by_run(which: int) -> Tensor:
+        """Scales or zero points of all codecs' rows, `[runs, codecs * rows]`: a run of columns is in one group of each."""
+        spread = [one[which].repeat_interleave(size // run, 1) for one, size in zip(fitted, sizes, strict=True)]
+        return torch.cat([one[:, : -(-columns // run)] for one in spread]).t().contiguous()
+
+    scales, zeros = by_run(0), by_run(1)
+    tops = torch.tensor([2**codec.bits - 1.0 for codec in codecs], device=weight.device).repeat_interleave(rows)
+
+    def snap(part: slice, column: int, values: Tensor) -> Tensor:
+        scale, zero = scales[column // run, part], zeros[column // run, part]
+        steps = torch.minimum(torch.maximum((values / scale).round_(), -zero), tops[part] - zero)
+        return steps.mul_(scale)
+
+    rounded = round_with_feedback(weight.repeat(len(codecs), 1) if len(codecs) > 1 else weight, metric, snap)
+    stored = []
+    for codec, (scale, zero), own in zip(codecs, fitted, rounded.split(rows), strict=True):
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        for index in torch.arange(rows, device=weight.device).split(step):
+            steps = (codec._grouped(own[index]) / scale[index].unsqueeze(-1)).round_().add_(zero[index].unsqueeze(-1))
+            codes[index] = steps.to(torch.uint8).view(len(index), -1)[:, :columns]
+        stored.append(codec._stored(codes, scale.unsqueeze(-1), zero.unsqueeze(-1)))
+    return stored

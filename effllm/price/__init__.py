@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,25 @@ from effllm.moments import Moments
 FEWEST, MOST, SHARE = 64, 256, 32  # rows that are priced: one of 32, but no fewer and no more than these
 
 
-def price(codec: Codec, weight: Tensor, moments: Moments, rows: tuple[Tensor, Tensor] | None = None) -> float:
-    """Expected KL, nats per token (or image), of storing `weight` `[rows, columns]` by `codec`.
+def price(
+    codecs: Sequence[Codec], weight: Tensor, moments: Moments, rows: tuple[Tensor, Tensor] | None = None
+) -> list[float]:
+    """Expected KL, nats per token (or image), of storing `weight` `[rows, columns]` by each of `codecs`.
 
     The error of what is decoded, in the metric of `moments`. `rows` are those to look at and how many each stands for, as
     `sample_rows` gives them; all by default.
     """
     index, counts = rows or (torch.arange(len(weight), device=weight.device), torch.ones(len(weight)))
-    part = weight[index]
-    decoded = codec.decode(codec.encode(part, moments.of(index)), (len(index), weight.shape[1]))
-    return float(moments.costs(decoded.float() - part.float(), index).cpu() @ counts)
+    part, seen = weight[index], moments.of(index)
+    by_class: dict[type[Codec], list[Codec]] = {}
+    for codec in codecs:
+        by_class.setdefault(type(codec), []).append(codec)
+    found: dict[Codec, float] = {}
+    for cls, members in by_class.items():
+        for codec, data in zip(members, cls.encode_each(members, part, seen), strict=True):
+            errors = codec.decode(data, (len(index), weight.shape[1])).float() - part.float()
+            found[codec] = float(moments.costs(errors, index).cpu() @ counts)
+    return [found[codec] for codec in codecs]
 
 
 def relative_error(codec: Codec, weight: Tensor) -> float:

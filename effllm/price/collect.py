@@ -131,7 +131,8 @@ def _price_gate(
         weight = site.matrix(source.model)
         refuse_nonfinite(site.parameter, weight)
         rows = sample_rows(weight, found)
-        losses[site.name] = {codec.label(): price(codec, weight, found, rows) for codec in options[site.name]}
+        priced = price(options[site.name], weight, found, rows)
+        losses[site.name] = {codec.label(): loss for codec, loss in zip(options[site.name], priced, strict=True)}
         codec = min(options[site.name], key=lambda one: abs(8 * one.stored_bytes(site.shape) / site.size - PROBED_BITS))
         decoded = codec.decode(codec.encode(weight), site.shape).to(weight.dtype)
         unit = site.block or site.name

@@ -17,7 +17,7 @@ class Spool:
     """A folder of tensors, numbered in the order in which they are written."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.nbytes = folder, 0, 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def require(self, nbytes: int) -> None:
@@ -26,12 +26,13 @@ class Spool:
         if nbytes > free:
             raise EffllmError(
                 f"{self.folder} has {free / 1e9:.2f} GB free, and the hidden states of the calibration need "
-                f"{nbytes / 1e9:.2f} GB; free some, point TMPDIR elsewhere, or take fewer --samples"
+                f"{nbytes / 1e9:.2f} GB; free some, set EFFLLM_CACHE to another disk, or take fewer --samples"
             )
 
     def write(self, tensor: Tensor) -> Path:
         """Stores `tensor` and returns where."""
         self.count += 1
+        self.nbytes += tensor.nbytes
         file = self.folder / f"{self.count}.safetensors"
         save_file({"tensor": tensor.detach().cpu().contiguous()}, file)
         return file

@@ -131,9 +131,13 @@ class Sweep:
         walked = set((self.source.model if whole else self.source.base).modules())
         gates = [name for name in outside if self.source.model.get_submodule(name) in walked]
         walk = self.source.walk(self.batches, gates, grad=True, results=results, whole=whole)
-        return [
-            (gate, [self._pass(gate, call) for call in calls]) for gate, calls in track(walk, "statistics: forward")
-        ]
+        arrivals: Arrivals = []
+        for gate, calls in track(walk, "statistics: forward"):
+            before = self.spool.nbytes
+            arrivals.append((gate, [self._pass(gate, call) for call in calls]))
+            if self.spool.nbytes and not before:  # the first hidden states: those of all other blocks are as many
+                self.spool.require(self.spool.nbytes * (len(self.source.blocks) - 1))
+        return arrivals
 
     def _pass(self, gate: str, call: Call) -> _Passing:
         call.run()

@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from effllm.errors import EffllmError
 from effllm.layers import CodecModule, codec_layer, empty_stored
@@ -120,7 +119,7 @@ def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
     model.set_submodule(site.name, layer)
     for name in site.tied:
         model.set_submodule(name, codec_layer(model.get_submodule(name), layer.codec, layer.stored(), owner=False))
-        if isinstance(model, PreTrainedModel):
+        if hasattr(model, "all_tied_weights_keys"):
             parameters = [key for key, tensor in layer.stored().items() if isinstance(tensor, nn.Parameter)]
             stored = {f"{name}.{key}": f"{site.name}.{key}" for key in parameters}
             for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):

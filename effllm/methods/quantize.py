@@ -54,7 +54,7 @@ class Quantize(Codec):
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
-        fitting: list[int | Literal["row"]] = [size for size in (32, 64, 128) if site.shape[1] >= size]
+        fitting: list[int | Literal["row"]] = [size for size in (32, 64, 128, 256) if site.shape[1] >= size]
         return [cls(bits=bits, group_size=size) for bits in (2, 3, 4, 5, 6, 8) for size in fitting or ["row"]]
 
     def encode(self, weight: Tensor, moments: Moments | None = None) -> dict[str, Tensor]:

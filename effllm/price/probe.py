@@ -80,7 +80,7 @@ def _behind(
 
 @torch.no_grad()
 def _logits(source: Source, batch: Batch, result: Any) -> Tensor:
-    with returning(source.base, result):
+    with returning(source.model, result):
         return logits_of(run_batch(source.model, batch, source.device))
 
 

@@ -118,15 +118,11 @@ class Source(ABC):
         def forward(number: int) -> None:
             returned[number] = run_batch(base, batches[number], self.device)
 
-        stops = list(dict.fromkeys([*self.blocks, *tables, *gates]))
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.resident(*(unit for unit in outside if unit not in stops)):
-                forwards = [partial(forward, number) for number in range(len(batches))]
-                yield from lockstep(self.model, stops, forwards, self._resident_gate, grad)
-        finally:
-            self.model.train(training)
+        named = {id(self.model.get_submodule(name)): name for name in reversed([*self.blocks, *tables, *gates])}
+        stops = list(named.values())[::-1]
+        with evaluating(self.model), self.resident(*(unit for unit in outside if unit not in stops)):
+            forwards = [partial(forward, number) for number in range(len(batches))]
+            yield from lockstep(self.model, stops, forwards, self.resident_at, grad)
         if results is not None:
             results += returned
 
@@ -152,8 +148,9 @@ class Source(ABC):
         """What a walk runs: the model without its head, where transformers tells them apart."""
         return self.model.base_model if isinstance(self.model, PreTrainedModel) else self.model
 
-    def _resident_gate(self, gate: str) -> contextlib.AbstractContextManager[None]:
-        return self.resident(gate) if gate in self.units else contextlib.nullcontext()
+    def resident_at(self, gate: str) -> contextlib.AbstractContextManager[None]:
+        """`resident` for the unit that holds the weights of a module."""
+        return self.resident(gate if gate in self.units else REST)
 
     def stream(self, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Runs `batches` block by block, one block in memory at a time, all stacks in call order.
@@ -165,6 +162,18 @@ class Source(ABC):
             for call in calls if gate in self.blocks else ():
                 call.run()
                 yield gate, call.given, call.returned
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While it is open, every module is in evaluation mode; then each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def run_batch(base: nn.Module, batch: Batch, device: torch.device) -> Any:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from effllm.errors import EffllmError, UsageError
 from effllm.report.progress import track
 from effllm.site import Site, is_experts
-from effllm.source import Batch, Source, run_batch
+from effllm.source import Batch, Source, evaluating, run_batch
 from effllm.source.lockstep import Call
 from effllm.statistics.spool import Spool
 from effllm.statistics.tap import Sums, Tap
@@ -102,7 +102,7 @@ class Sweep:
             EffllmError: a gate returns NaN or inf (named), or there is nothing but padding.
         """
         model, behind = self.source.model, sites_behind(self.source)
-        with _frozen(model):
+        with _frozen(model), evaluating(model):
             results: list[Any] = []
             arrivals = self._forward(results, whole=not behind)
             if done:
@@ -112,10 +112,13 @@ class Sweep:
                     tap = Tap(model, behind)
                     for number in track(range(len(results)), "statistics: head", total=len(results)):
                         self._head(number, results, tap)
-                    yield HEAD, self._sums(tap)
+                    sums = self._sums(tap)
+                    self._save(1)
+                    yield HEAD, sums
             else:
                 for number in range(len(results)):
                     self._draw_labels(number, results)
+                self._save(1)
                 yield HEAD, {}
             if not self.tokens:
                 raise EffllmError("the calibration data are nothing but padding; check the attention mask")
@@ -159,23 +162,24 @@ class Sweep:
         """An argument as a passing keeps it: on disk, where a gradient flows back through it."""
         if not (isinstance(value, Tensor) and value.requires_grad):
             return value
-        leaf: _Leaf | None = getattr(value, "effllm_leaf", None)
-        if leaf is None:
+        leaf, version = getattr(value, "effllm_leaf", (None, 0))
+        if leaf is None or version != value._version:
             return _Input(self.spool.write(value), None, value)
         leaf.file = leaf.file or self.spool.write(value)
         return _Input(leaf.file, leaf, None)
 
     def _cut(self, value: Tensor) -> tuple[Tensor, _Leaf]:
-        """A tensor of the same values at which autograd ends, and the record to which its gradients go."""
-        leaf, tensor = _Leaf(), value.detach().requires_grad_()
+        """A tensor of the same values behind which autograd ends, and the record to which its gradients go."""
+        leaf, end = _Leaf(), value.detach().requires_grad_()
 
         def receive(ended: Tensor) -> None:
             if ended.grad is not None:
                 leaf.add(self._draw, ended.grad)
                 ended.grad = None
 
-        tensor.register_post_accumulate_grad_hook(receive)
-        tensor.effllm_leaf = leaf  # type: ignore[attr-defined]
+        end.register_post_accumulate_grad_hook(receive)
+        tensor = end.clone()  # which the model may change in place
+        tensor.effllm_leaf = leaf, tensor._version  # type: ignore[attr-defined]
         self._leaves.append(leaf)
         return tensor, leaf
 
@@ -189,7 +193,7 @@ class Sweep:
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             given = states[part].unsqueeze(0).requires_grad_()
-            with torch.enable_grad(), tap, returning(source.base, type(result)(last_hidden_state=given)):
+            with torch.enable_grad(), tap, returning(source.model, type(result)(last_hidden_state=given)):
                 logits = logits_of(run_batch(source.model, batch, source.device))
             for draw, label in enumerate(self._labels(logits, mask[part], number, start)):
                 grads[draw][part] = torch.autograd.grad(logits, given, label, retain_graph=draw < DRAWS - 1)[0][0]
@@ -225,15 +229,16 @@ class Sweep:
             gate, passings = arrivals[number]
             if gate in done:
                 continue
-            with self.source.resident(*([gate] if gate in self.source.units else [])):
+            with self.source.resident_at(gate):
                 tap = taps.setdefault(gate, Tap(self.source.model, self._sites_at(gate)))
                 for place in range(len(passings)):
                     self._pass_back(gate, passings[place], tap)
                     passings[place].arguments.clear()
                 if first[gate] == number:
                     processed += 1
+                    sums = self._sums(taps.pop(gate))
                     self._save(processed)
-                    yield gate, self._sums(taps.pop(gate))
+                    yield gate, sums
 
     def _sites_at(self, gate: str) -> list[Site]:
         inside = [site for site in self.source.sites if site.block == gate]
@@ -327,13 +332,27 @@ def logits_of(result: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def returning(base: nn.Module, result: Any) -> Iterator[None]:
-    """Lets `base` return `result` without computing anything."""
-    base.forward = lambda *args, **kwargs: result
+def returning(model: nn.Module, result: Any) -> Iterator[None]:
+    """Lets the base model inside `model` (or its decoder, where `model` calls that) return `result` without computing."""
+    assert isinstance(model, PreTrainedModel)
+    called = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called.append(True)
+        return result
+
+    inner = list(dict.fromkeys([model.base_model, model.get_decoder()]))
+    for module in inner:
+        module.forward = forward
     try:
         yield
     finally:
-        del base.forward
+        for module in inner:
+            del module.forward
+    if not called:
+        raise UsageError(
+            f"{type(model).__name__} does not call its base model, so its head cannot be run alone: use --fast"
+        )
 
 
 @contextlib.contextmanager

@@ -130,7 +130,11 @@ class Tap(TorchFunctionMode):
         out = func(*args, **kwargs)
         if func in PRODUCTS:
             x, weight = args[0], kwargs.get("weight", args[1] if len(args) > 1 else None)
-            self._listen(weight, out, lambda site: (1, _flat(x).unsqueeze(1)))
+            if func is F.linear or self._site(x) is None:
+                self._listen(weight, out, lambda site: (1, _flat(x).unsqueeze(1)))
+            else:  # weight @ inputs
+                turned = weight.transpose(-1, -2)
+                self._listen(x, out, lambda site: (1, _flat(turned).unsqueeze(1)), lambda g: _flat(g.transpose(-1, -2)))
         elif func is torch.addmm:
             self._listen(args[2], out, lambda site: (1, _flat(args[1]).unsqueeze(1)))
         elif func in CONVOLUTIONS:
@@ -154,7 +158,7 @@ class Tap(TorchFunctionMode):
 
     def _listen(self, weight: Any, out: Tensor, inputs: Callable[[Site], tuple[int, Tensor]],
                 rows: Callable[[Tensor], Tensor] | None = None, is_lookup: bool = False) -> None:  # fmt: skip
-        site = self._sites.get(weight.data_ptr()) if isinstance(weight, Tensor) and not weight.is_meta else None
+        site = self._site(weight)
         if site is None or not out.is_floating_point():
             return
         if not out.requires_grad:
@@ -168,6 +172,9 @@ class Tap(TorchFunctionMode):
         grads: list[Tensor] = []
         out.register_hook(lambda g: grads.append((rows or _flat)(g.detach()).float()))
         self._seen.append((sums, x.detach(), grads))
+
+    def _site(self, weight: Any) -> Site | None:
+        return self._sites.get(weight.data_ptr()) if isinstance(weight, Tensor) and not weight.is_meta else None
 
     def flush(self) -> None:
         """Adds what the last forward and its backwards have brought."""
@@ -194,7 +201,7 @@ class Replay(Tap):
 
     def _listen(self, weight: Any, out: Tensor, inputs: Callable[[Site], tuple[int, Tensor]],
                 rows: Callable[[Tensor], Tensor] | None = None, is_lookup: bool = False) -> None:  # fmt: skip
-        site = self._sites.get(weight.data_ptr()) if isinstance(weight, Tensor) and not weight.is_meta else None
+        site = self._site(weight)
         if site is None or is_lookup:
             return
         use = next(use for use in self.sums[site.name] if not use.is_lookup)

@@ -1,0 +1,101 @@
+"""Error feedback: better in the metric than rounding to nearest, whatever the metric is like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from effllm.methods._feedback import column_weights
+from effllm.methods.quantize import Quantize
+from effllm.moments import Metric, Moments, inverse_factor
+
+
+def correlated(columns: int, tokens: int = 400) -> Tensor:
+    """Second moments of inputs that depend on each other, with a few strong ones."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = x * (1 + 5 * (torch.arange(columns) % 17 == 0))
+    return x.t() @ x / tokens
+
+
+def moments(A: Tensor, rows: int) -> Moments:
+    return Moments(Metric(A[None], len(A)), torch.full((rows,), 1 / rows))
+
+
+def cost(codec: Quantize, weight: Tensor, found: Moments, with_feedback: bool) -> float:
+    stored = codec.encode(weight, found if with_feedback else None)
+    return float(found.costs(codec.decode(stored, tuple(weight.shape)) - weight).sum())
+
+
+@given(
+    st.integers(2, 8), st.sampled_from([16, 24, 32, 64, "row"]), st.booleans(), st.sampled_from(["minmax", "search"])
+)
+@settings(max_examples=40, deadline=None)
+def test_it_costs_less_than_rounding_to_nearest(bits, group_size, symmetric, span):
+    codec = Quantize(bits=bits, group_size=group_size, symmetric=symmetric, range=span)
+    weight = torch.randn(24, 88, generator=torch.Generator().manual_seed(0))
+    found = moments(correlated(88), 24)
+    assert cost(codec, weight, found, True) < cost(codec, weight, found, False)
+
+
+@pytest.mark.parametrize("group_size", [32, 48, "row"])
+def test_rows_are_solved_on_their_own(group_size):
+    codec, weight, found = Quantize(bits=3, group_size=group_size), torch.randn(20, 96), moments(correlated(96), 20)
+    index = torch.tensor([3, 7, 19])
+    whole, part = codec.encode(weight, found), codec.encode(weight[index], found.of(index))
+    for name, tensor in part.items():
+        assert torch.equal(whole[name][index], tensor), name
+
+
+def test_several_options_together_are_what_each_is_alone():
+    codecs = [
+        Quantize(bits=b, group_size=g, symmetric=s) for b in (2, 5) for g in (32, 48, "row") for s in (True, False)
+    ]
+    weight, found = torch.randn(10, 96), moments(correlated(96), 10)
+    for codec, together in zip(codecs, Quantize.encode_each(codecs, weight, found), strict=True):
+        alone = codec.encode(weight, found)
+        assert all(torch.equal(alone[name], together[name]) for name in alone), codec.label()
+
+
+@pytest.mark.parametrize(
+    "A",
+    [
+        torch.zeros(64, 64),
+        torch.ones(64, 64),
+        torch.diag((torch.arange(64) < 5).float()),
+        1e-30 * correlated(64),
+        1e20 * correlated(64),
+        correlated(64, tokens=3),
+        torch.diag(torch.logspace(-20, 10, 64)),
+    ],
+    ids=["zero", "rank one", "five columns", "tiny", "huge", "few tokens", "steep"],
+)
+@pytest.mark.parametrize("weight", ["normal", "zero", "one column", "large"])
+def test_no_metric_and_no_weight_breaks_it(A, weight):
+    matrix = {"normal": torch.randn(8, 64), "zero": torch.zeros(8, 64), "large": 1e5 * torch.randn(8, 64)}.get(weight)
+    if matrix is None:
+        matrix = torch.zeros(8, 64)
+        matrix[:, 5] = 1.0
+    codec, found = Quantize(bits=4, group_size=32), moments(A, 8)
+    decoded = codec.decode(codec.encode(matrix, found), (8, 64))
+    assert torch.isfinite(decoded).all()
+    assert (decoded - matrix).abs().max() <= matrix.abs().max()
+
+
+def test_a_diagonal_metric_is_rounding_to_nearest():
+    codec, weight = Quantize(bits=4, group_size=32, range="minmax"), torch.randn(8, 64)
+    plain = codec.encode(weight)
+    solved = codec.encode(weight, Moments(Metric(torch.rand(64, 1, 1), 64), torch.ones(8)))
+    assert all(torch.equal(plain[name], solved[name]) for name in plain)
+
+
+def test_the_factor_inverts_and_weights_columns_by_what_is_left_of_them():
+    A = correlated(40) + 0.1 * torch.eye(40)
+    factor = inverse_factor(A)
+    assert torch.allclose(factor.t() @ factor @ A, torch.eye(40), atol=1e-2)
+    assert torch.equal(factor, factor.triu())
+    metric = Metric(A[None], 40)
+    assert (column_weights(metric) <= metric.damped.diagonal() * 1.01).all()

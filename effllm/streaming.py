@@ -298,7 +298,8 @@ def _rewrite(
     def decoded(unit: str) -> dict[str, Tensor]:
         tensors = written(unit)
         names = members.keys() & set(source.units[unit])
-        return {n: decode_stored(source.model, members[n], read_stored(members[n], tensors)) for n in names}
+        model = priced.source.model if priced else source.model  # whose block is resident
+        return {n: decode_stored(model, members[n], read_stored(members[n], tensors)) for n in names}
 
     def visits(pending: list[str]) -> Iterator[tuple[str, dict[str, Moments]]]:
         """Units with the moments of their sites, in the order in which they come by."""

@@ -78,6 +78,12 @@ def edit_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps(config))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """What effllm keeps between runs is kept for these tests alone."""
+    os.environ["EFFLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
     """A tied tiny Llama on disk. Shared: tests that change it work on a copy."""

@@ -178,6 +178,8 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
     on_cpu = next(model.parameters()).device.type == "cpu"
     source = LiveModel(model, torch.float32 if on_cpu else None)
     options = plan.options(source.sites)
+    if source.dtype is not None:
+        batches = [{k: v.to(source.dtype) if v.is_floating_point() else v for k, v in one.items()} for one in batches]
     prices = collect_prices(source, options, batches, folder, "", seed) if plan.solves else None
     priced = Priced(plan, source, batches, options, prices)
     warn_unreached(priced)

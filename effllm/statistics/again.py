@@ -9,6 +9,7 @@ from torch import Tensor
 from effllm.moments import Moments
 from effllm.site import Site
 from effllm.source import Batch, Source
+from effllm.statistics.sweep import experts_one_by_one
 from effllm.statistics.tap import Replay, Sums, moments, share_experts
 
 Kept = Callable[[Site], list[Sums]]
@@ -37,7 +38,7 @@ def moments_again(
             continue
         tap = Replay(source.model, blocks[gate], {site.name: kept(site) for site in blocks[gate]})
         for call in calls:
-            with tap:
+            with experts_one_by_one(source.model.get_submodule(gate)), tap:
                 call.run()
         share_experts(tap.sums, blocks[gate])
         found = {name: moments(uses, labels) for name, uses in tap.sums.items()}

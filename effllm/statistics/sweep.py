@@ -258,7 +258,7 @@ class Sweep:
         for place, value in inputs:
             arguments[place] = self.spool.read(value.file, self.source.device).requires_grad_()
         args, kwargs = tree_unflatten(arguments, passing.spec)
-        with torch.enable_grad(), _experts_one_by_one(module), tap:
+        with torch.enable_grad(), experts_one_by_one(module), tap:
             outputs, _ = tree_flatten(module(*args, **kwargs))
         pairs = [(out, leaf) for out, leaf in zip(outputs, passing.leaves, strict=True) if leaf and out.requires_grad]
         for draw in range(DRAWS):
@@ -369,7 +369,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _experts_one_by_one(block: nn.Module) -> Iterator[None]:
+def experts_one_by_one(block: nn.Module) -> Iterator[None]:
     """Experts of a mixture run their class's own loop, which multiplies by one expert's matrix at a time."""
     loops = {module: getattr(type(module).forward, "__wrapped__", None) for module in block.modules()}
     experts = [module for module, loop in loops.items() if loop is not None and is_experts(module)]

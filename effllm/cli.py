@@ -50,7 +50,7 @@ ContextOption = Annotated[
 ]
 EffortOption = Annotated[
     str | None,
-    typer.Option("--effort", help="fast: no data; normal: priced and solved on data; best: also trained on them."),
+    typer.Option("--effort", help="fast: no data, round to nearest; normal: priced and solved on calibration data."),
 ]
 FastOption = Annotated[bool, typer.Option("--fast", help="Price without data, in seconds: the same as --effort fast.")]
 InputsOption = Annotated[

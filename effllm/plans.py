@@ -19,7 +19,7 @@ from effllm.errors import UsageError, nearest
 from effllm.method import Codec, Edit, Score, from_spec, method_class, validated
 from effllm.site import Site
 
-Effort = Literal["fast", "normal", "best"]
+Effort = Literal["fast", "normal"]
 BUDGET = "budget"  # the preset that a budget without a plan means
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
@@ -140,7 +140,7 @@ class Plan(_Strict):
     """Lists of globs: sites of one block that one list matches get the same option, as engines need that fuse them."""
     effort: Effort = "fast"
     """`fast` needs no data: options are compared by relative error, weights rounded to nearest. `normal`, what a budget
-    implies, prices options in KL on the calibration data and solves each weight in its metric. `best` also trains."""
+    implies, prices options in KL on the calibration data and solves each weight in its metric."""
     inputs: Literal["original", "compressed"] = "original"
     """What the metric is made of: the inputs that the original model sees, or those that the compressed blocks give."""
     calibration: Calibration = Calibration()

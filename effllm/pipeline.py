@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +33,7 @@ from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.site import Site, unchanged
-from effllm.source import Batch, LiveModel, Source
+from effllm.source import Batch, LiveModel, Source, arithmetic, in_dtype
 from effllm.surgery import refit_norms, refits_norms
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,10 @@ def compress(
             original = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied)
             assigned = priced.solution(model, original, {}).assigned
         else:
-            assigned = wanted.assign(source.sites, {score: score.score(source, batches) for score in wanted.scores()})
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+            walked = LiveModel(model, arithmetic(dtype, source.device))
+            batches = in_dtype(batches, walked.dtype)
+            assigned = wanted.assign(source.sites, {score: score.score(walked, batches) for score in wanted.scores()})
         for line in remarks(model, source.sites, wanted, unchanged(model, source.sites, assigned)):
             logger.warning(line)
         members = by_parameter(source.sites, assigned)

@@ -45,7 +45,7 @@ from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site, unchanged
-from effllm.source import Source, StoredModel
+from effllm.source import Source, StoredModel, arithmetic
 from effllm.statistics import DRAWS
 from effllm.statistics.tap import WIDEST
 
@@ -275,8 +275,9 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[st
             line = journal.find("score", score.label())
             if line is None:
                 settings, folder = run.plan.calibration, run.checkpoint.folder
-                batches = folder_batches(settings, source.model, folder) if score.needs_data else []
-                values = score.score(source, batches)
+                walked = StoredModel(run.checkpoint, arithmetic(source.dtype, source.device), source.device)
+                batches = folder_batches(settings, walked.model, folder) if score.needs_data else []
+                values = score.score(walked, batches)
                 journal.add("score", score.label(), values=values)
             else:
                 values = line["values"]

@@ -28,7 +28,7 @@ from effllm.plans import Plan, Step, select
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.report.progress import track
-from effllm.source import Batch, LiveModel, Source, StoredModel
+from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype
 from effllm.statistics.again import moments_again
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,7 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
     on_cpu = next(model.parameters()).device.type == "cpu"
     source = LiveModel(model, torch.float32 if on_cpu else None)
     options = plan.options(source.sites)
-    if source.dtype is not None:
-        batches = [{k: v.to(source.dtype) if v.is_floating_point() else v for k, v in one.items()} for one in batches]
+    batches = in_dtype(batches, source.dtype)
     prices = collect_prices(source, options, batches, folder, "", seed) if plan.solves else None
     priced = Priced(plan, source, batches, options, prices)
     warn_unreached(priced)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from effllm.checkpoint import read_config, resolve
-from effllm.checkpoint.skeleton import load_config, model_class
+from effllm.checkpoint import Checkpoint, read_config, resolve
+from effllm.checkpoint.skeleton import load_config, model_class, stored_dtype
 from effllm.data.inputs import Modality, modality
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.errors import EffllmError, UsageError
@@ -26,6 +26,7 @@ from effllm.loading import load
 from effllm.measure.images import compare_images, held_out
 from effllm.measure.result import Result, describe_run, standard_error
 from effllm.report.progress import track
+from effllm.source import arithmetic
 
 WINDOWS = 32  # of text, where the caller names no number
 CHUNK = 64  # tokens whose distributions over the vocabulary are held in fp32 at once
@@ -137,7 +138,7 @@ def evaluate(
         samples: windows of text (32), or images (all).
         sequence_length: tokens a window.
         device: where to compute.
-        dtype: dtype of the arithmetic; the checkpoints' own by default.
+        dtype: dtype of the arithmetic; by default the checkpoint's own, or fp32 on a CPU without instructions for that.
         revision: hub revision of `model`.
         images: sources as in `labelled_batches`, for an image classifier.
 
@@ -151,7 +152,8 @@ def evaluate(
     facts = describe_run(folder, model=str(model), base_model=None, seconds=0.0)
     name = baseline or (facts["base_model"] if facts["base_model"] == "demo" else None)
     other = resolve(name) if name is not None else None
-    settings: dict[str, Any] = {"device_map": device} | ({} if dtype is None else {"dtype": dtype})
+    stored = stored_dtype(Checkpoint.open(folder))
+    settings: dict[str, Any] = {"device_map": device, "dtype": dtype or arithmetic(stored, device)}
     if kind == "images":
         batches, shape = held_out(folder, other, images or [], samples)
         running = measure_run(folder, device, ["--image", *map(str, shape)])

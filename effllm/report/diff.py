@@ -44,8 +44,8 @@ def diff(one: str | Path | Plan, other: str | Path | Plan, model: str | Path, re
          seed: int = 0) -> list[Difference]:  # fmt: skip
     """The sites of `model` to which the plans give different codecs, in model order.
 
-    A plan with a budget is solved first. Losses are those of prices in the cache: plan or compress with the same
-    calibration data puts them there.
+    A plan with a budget is solved first. Losses are those of prices in the cache, where `effllm plan` or `compress` with the
+    same calibration data has put them; of a plan that rounds to nearest there are none.
 
     Raises:
         UsageError, EffllmError: see `load_plan` and `effllm.plan`; a plan that orders blocks, which only compressing does.
@@ -75,6 +75,8 @@ def _concrete(plan: str | Path | Plan, model: str | Path, revision: str | None, 
 
 
 def _prices(plan: Plan, checkpoint: Checkpoint, seed: int) -> Prices | None:
+    if not plan.solves:
+        return None
     key = price_key(plan, checkpoint, torch.device("cpu"), seed)
     return cached_prices(cache(key), key)
 

@@ -164,6 +164,21 @@ class Source(ABC):
                 yield gate, call.given, call.returned
 
 
+def in_dtype(batches: Sequence[Batch], dtype: torch.dtype | None) -> list[Batch]:
+    """`batches` with their floats in `dtype`; as they are where it is None."""
+    return [{k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in one.items()} for one in batches]
+
+
+def arithmetic(dtype: torch.dtype, device: str | torch.device = "cpu") -> torch.dtype:
+    """What to compute in: `dtype`, or fp32 on a CPU that has no instructions for it and takes several times as long."""
+    kind = torch.device(device).type
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return torch.float32 if kind == "cpu" and dtype in native and not native[dtype]() else dtype
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While it is open, every module is in evaluation mode; then each is as it was."""

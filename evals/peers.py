@@ -1,0 +1,347 @@
+"""Other weight compressors against effllm: size, distance to the original and cost, on one model.
+
+    python evals/peers.py MODEL_FOLDER --out results/peers.json
+
+Every peer has a script in `peer_quantizers/` and a virtual environment of its own with pinned versions. It compresses the
+decoder's Linears only, is calibrated on the package's calibration slice, and writes a dense folder of the weights it would
+compute with. All folders are then measured alike, in float32, on all of the package's held-out text. Bits count everything
+stored for those Linears; seconds and CPU seconds are those of the peer's script without writing the folder.
+
+State: written, and not yet run to the end with any peer. To be checked before a figure is used: the bits of NF4 (its shared
+tables are left out), HQQ, quanto, AutoRound and GPTQ against the files that they save.
+
+OUT is a JSON document, written after every row; rows that stand are skipped by a rerun, failed ones are tried again. The
+table goes to stdout, the plot beside OUT. `--match` adds effllm at the bits of every peer, with paired differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import effllm
+from effllm.checkpoint import Checkpoint
+from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.measure.evaluate import Comparison, compare, standard_error
+from effllm.measure.result import machine, versions
+
+SCRIPTS = Path(__file__).with_name("peer_quantizers")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row: a library with pinned versions, its script, and the settings it is run with."""
+
+    name: str
+    script: str
+    packages: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    own_torch: bool = False
+    """Installs its own torch and transformers instead of sharing those that effllm runs on."""
+    default: bool = True
+    """Whether it runs without being named."""
+
+    def facts(self) -> Row:
+        """What a stored row must agree with to stand."""
+        return {"script": self.script, "packages": list(self.packages), "settings": self.settings}
+
+
+def peers() -> list[Peer]:
+    """Every peer, the quick ones first."""
+    bnb, hqq, quanto = ("bitsandbytes==0.50.2",), ("hqq==0.2.8.post1",), ("optimum-quanto==0.2.7",)
+    gptq, rounding = ("gptqmodel==7.7.0",), ("auto-round==0.16.1",)
+    found = [
+        Peer(f"NF4 b64{label}", "bitsandbytes", bnb, {"block": 64, "double_quant": double})
+        for label, double in ((" double quant", True), ("", False))
+    ]
+    found += [Peer(f"HQQ {bits}-bit g64", "hqq", hqq, {"bits": bits, "group": 64}) for bits in (4, 3, 2)]
+    found += [Peer(f"quanto {kind}", "quanto", quanto, {"type": kind}) for kind in ("qint4", "qint2")]
+    found.append(Peer("torchao int4 g64", "torchao", ("torchao==0.18.0",), {"group": 64}))
+    found += [
+        Peer(f"llama.cpp {kind}", "llama_cpp", ("llama-cpp-python==0.3.36", "gguf==0.19.0"), {"type": kind})
+        for kind in ("IQ4_XS", "Q4_K", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS")
+    ]
+    found += [
+        Peer(f"GPTQ {b}-bit g128", "gptqmodel", gptq, {"bits": b, "group": 128, "desc_act": True}, own_torch=True)
+        for b in (4, 3, 2)
+    ]
+    for label, settings, default in (
+        ("50 iterations", {"iters": 50, "batch": 4}, True),
+        ("defaults", {"iters": 200, "batch": 8}, False),
+    ):
+        found += [
+            Peer(f"AutoRound {b}-bit g128 {label}", "auto_round", rounding, {"bits": b, "group": 128, **settings},
+                 default=default)
+            for b in (3, 4, 2)
+        ]  # fmt: skip
+    return found
+
+
+class Failed(Exception):
+    """A peer could not be installed or run; the message is its last error line."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of the original model")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON document to write or go on with")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only rows whose name contains a NAME")
+    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "effllm-peers")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[2.25, 3.25, 4.25], help="effllm's bits per weight")
+    parser.add_argument("--match", action="store_true", help="run effllm at every peer's bits too")
+    parser.add_argument("--defaults", action="store_true", help="run the peers' slow default settings too")
+    parser.add_argument("--timeout", type=float, default=3 * 3600, help="seconds a row may take")
+    args = parser.parse_args()
+    bench = Bench(args)
+    for peer in peers():
+        if bench.wanted(peer.name) and (peer.default or args.defaults):
+            bench.add(peer.name, peer.facts(), lambda peer=peer: run_peer(peer, bench))
+    budgets = set(args.budgets)
+    if args.match:
+        budgets |= {row["bits"] for row in bench.rows if "bits" in row and "budget" not in row}
+    for budget in sorted(budgets):
+        name = f"effllm {budget:.4g} bits"
+        if bench.wanted(name):
+            bench.add(name, {"budget": budget}, lambda budget=budget: run_effllm(budget, bench))
+    print(table(bench.rows))
+    plot(bench.rows, args.out.with_suffix(".png"))
+
+
+class Bench:
+    """The original, the text and the rows so far."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.model, self.out, self.venvs = args.model.resolve(), args.out, args.venvs.resolve()
+        self.only, self.timeout = args.only, args.timeout
+        tokenizer, length = load_tokenizer(self.model), args.sequence_length
+        self.calibration = token_windows(tokenizer, ["default"], args.samples, length)
+        self.windows = token_windows(tokenizer, ["default"], None, length, EVALUATION_TEXT)
+        self.baseline = dense(self.model)
+        self.setting = {
+            "model_digest": Checkpoint.open(self.model).digest(),
+            "samples": len(self.calibration),
+            "sequence_length": length,
+        }
+        self.rows = read_rows(self.out, self.setting)
+
+    def wanted(self, name: str) -> bool:
+        """Whether `--only` lets a row through."""
+        return not self.only or any(part.lower() in name.lower() for part in self.only)
+
+    def add(self, name: str, facts: Row, work: Any) -> None:
+        """Does and stores one row, unless it stands already."""
+        if any(stands(row, name, facts) for row in self.rows):
+            return
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            row = work()
+        except (Failed, OSError, ValueError, RuntimeError) as error:
+            row = {"error": " ".join(str(error).split())[:300]}
+        self.rows = [old for old in self.rows if old["name"] != name] + [{"name": name, **facts, **row}]
+        document = {**self.setting, "machine": machine(), "versions": versions(), "rows": self.rows}
+        write_atomically(self.out, json.dumps(document, indent=1))
+
+    def measure(self, model: PreTrainedModel) -> Row:
+        """The quality of a dense model, with the values of every window."""
+        found = compare(model, self.windows, self.baseline)
+        return found.figures() | per_window(found)
+
+
+def dense(folder: Path) -> PreTrainedModel:
+    """An ordinary model folder, computed in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def per_window(found: Comparison) -> Row:
+    """KL and top-1 agreement of each window."""
+    assert found.kl is not None and found.agreement is not None
+    return {"window_kl": found.kl.tolist(), "window_agreement": found.agreement.tolist()}
+
+
+def stands(row: Row, name: str, facts: Row) -> bool:
+    """Whether a stored row answers for this run: measured, with the same settings."""
+    return row["name"] == name and "error" not in row and all(row.get(key) == value for key, value in facts.items())
+
+
+def read_rows(out: Path, setting: Row) -> list[Row]:
+    """The rows of an earlier run.
+
+    Raises:
+        SystemExit: they were measured on another model or other text.
+    """
+    if not out.exists():
+        return []
+    document = json.loads(out.read_text())
+    if {key: document.get(key) for key in setting} != setting:
+        raise SystemExit(f"{out} was measured with another model or other text; give another --out")
+    return list(document["rows"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def run_peer(peer: Peer, bench: Bench) -> Row:
+    """Installs and runs a peer, then measures what it made."""
+    python = environment(peer, bench.venvs, bench.timeout)
+    with tempfile.TemporaryDirectory(prefix="effllm-peer-") as scratch:
+        folder = Path(scratch)
+        save_file({"input_ids": bench.calibration}, folder / "calibration.safetensors")
+        job = {
+            "model": str(bench.model),
+            "out": str(folder / "dense"),
+            "calibration": str(folder / "calibration.safetensors"),
+            "settings": peer.settings,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        call([str(python), str(SCRIPTS / f"with_{peer.script}.py"), str(folder / "job.json")], bench.timeout)
+        report = json.loads((folder / "dense" / "report.json").read_text())
+        return report | bench.measure(dense(folder / "dense"))
+
+
+def run_effllm(budget: float, bench: Bench) -> Row:
+    """Compresses with effllm's command line to `budget` bits per weight, then measures what it made."""
+    with tempfile.TemporaryDirectory(prefix="effllm-peer-") as scratch:
+        out = Path(scratch) / "packed"
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "effllm.cli", "compress", str(bench.model), "--budget", f"{budget}bpw"]
+        command += ["--exclude", "model.embed_tokens", "--calibration", "default", "--out", str(out), "--json"]
+        samples, length = bench.calibration.shape
+        command += ["--samples", str(samples), "--sequence-length", str(length)]
+        printed = json.loads(call(command, bench.timeout))
+        seconds = time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        row = {
+            "bits": printed["bits_per_weight"],
+            "seconds": seconds,
+            "cpu_seconds": spent,
+            "peak_memory_bytes": printed["process_peak_memory_bytes"],
+            "versions": printed["versions"],
+            "plan": printed["plan"],
+        }
+        return row | bench.measure(effllm.load(out, dtype=torch.float32))
+
+
+def environment(peer: Peer, venvs: Path, timeout: float) -> Path:
+    """The Python of a peer's virtual environment, made once; a stamp names what is installed in it."""
+    folder = venvs / peer.script
+    python, stamp = folder / "bin" / "python", folder / "installed.json"
+    wanted = json.dumps({**asdict(peer), "name": "", "settings": {}, "default": True})
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    call([sys.executable, "-m", "venv", str(folder)], timeout)
+    if not peer.own_torch:
+        shared = next(path for path in sys.path if (Path(path) / "torch").is_dir())
+        next(folder.glob("lib/python*/site-packages")).joinpath("shared.pth").write_text(shared)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    extra = ["safetensors", "accelerate", "transformers==5.24.0"] if peer.own_torch else []
+    call([*install, *peer.packages, *extra], timeout)
+    write_atomically(stamp, wanted)
+    return python
+
+
+def call(command: list[str], timeout: float) -> str:
+    """What a command prints; it and all it started are ended when the time is up."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as process,
+    ):
+        try:
+            printed, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"took longer than {timeout:.0f} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            errors.seek(0)
+            lines = [line.strip() for line in (errors.read() or printed).splitlines() if line.strip()]
+            raise Failed(lines[-1][:300] if lines else f"ended with code {process.returncode}")
+    return printed
+
+
+def difference(row: Row, other: Row) -> tuple[float, float]:
+    """KL of `row` minus that of `other`, and the standard error of it, paired by window."""
+    gap = Tensor(row["window_kl"]).double() - Tensor(other["window_kl"]).double()
+    return float(gap.mean()), standard_error(gap)
+
+
+def rival(row: Row, rows: list[Row]) -> Row | None:
+    """effllm's largest row that is no larger than a peer's."""
+    found = [other for other in rows if "budget" in other and "bits" in other and other["bits"] <= row["bits"]]
+    return max(found, key=lambda other: other["bits"], default=None)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown, by bits; failed ones last."""
+    lines = [
+        "| bits | compressor | KL ± se | perplexity ± se | top-1 % | s | CPU s | peak MB | effllm at these bits or fewer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted((row for row in rows if "bits" in row), key=lambda row: row["bits"]):
+        other = None if "budget" in row else rival(row, rows)
+        against = "{:+.4f} ± {:.4f}".format(*difference(other, row)) + f" ({other['bits']:.3f} bits)" if other else ""
+        lines.append(
+            f"| {row['bits']:.3f} | {row['name']} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} "
+            f"| {row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f} | {100 * row['top1_agreement']:.1f} ± "
+            f"{100 * row['top1_agreement_stderr']:.1f} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} "
+            f"| {row['peak_memory_bytes'] / 1e6:.0f} | {against} |"
+        )
+    lines += [f"| | {row['name']} | failed: {row['error']} | | | | | | |" for row in rows if "error" in row]
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """KL, on a log scale, over bits."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("the plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for ours, label in ((False, "peers"), (True, "effllm")):
+        chosen = sorted(
+            (row for row in rows if "bits" in row and ("budget" in row) == ours), key=lambda row: row["bits"]
+        )
+        x, y = [row["bits"] for row in chosen], [max(row["kl"], math.ulp(1.0)) for row in chosen]
+        errors = [row["kl_stderr"] for row in chosen]
+        axes.errorbar(x, y, yerr=errors, fmt="o-" if ours else "s", label=label, capsize=2)
+        for row in () if ours else chosen:
+            axes.annotate(row["name"], (row["bits"], row["kl"]), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(yscale="log", xlabel="bits per weight of the decoder's Linears", ylabel="KL to the original, nats a token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -77,8 +77,8 @@ def compress(
         else:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             walked = LiveModel(model, arithmetic(dtype, source.device))
-            batches = in_dtype(batches, walked.dtype)
-            assigned = wanted.assign(source.sites, {score: score.score(walked, batches) for score in wanted.scores()})
+            seen = in_dtype(batches, walked.dtype)
+            assigned = wanted.assign(source.sites, {score: score.score(walked, seen) for score in wanted.scores()})
         for line in remarks(model, source.sites, wanted, unchanged(model, source.sites, assigned)):
             logger.warning(line)
         members = by_parameter(source.sites, assigned)

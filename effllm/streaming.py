@@ -275,9 +275,11 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[st
             line = journal.find("score", score.label())
             if line is None:
                 settings, folder = run.plan.calibration, run.checkpoint.folder
-                walked = StoredModel(run.checkpoint, arithmetic(source.dtype, source.device), source.device)
-                batches = folder_batches(settings, walked.model, folder) if score.needs_data else []
-                values = score.score(walked, batches)
+                if score.needs_data:
+                    walked = StoredModel(run.checkpoint, arithmetic(source.dtype, source.device), source.device)
+                    values = score.score(walked, folder_batches(settings, walked.model, folder))
+                else:
+                    values = score.score(source, [])
                 journal.add("score", score.label(), values=values)
             else:
                 values = line["values"]

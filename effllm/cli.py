@@ -374,9 +374,7 @@ def _print(text: str) -> None:
 
 def main() -> None:
     """Runs the command line; exit status 0 done, 1 a failure that one line explains, 2 wrong usage."""
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # threads that spin take the cores from each other on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve each other on a busy machine
     try:
         status = app(prog_name="effllm", standalone_mode=False) or 0
     except WRONG_USAGE as error:

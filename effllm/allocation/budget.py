@@ -62,7 +62,6 @@ class Footprint:
     """Bytes of the weight files beside those sites: other tensors, headers."""
     original: int
     """Bytes of the original's weight files."""
-    names: int = 1
 
     def nbytes(self, site: Site, codec: Codec | None, budget: Budget) -> int:
         """What a site takes of the budget under a codec, or as it is; headers are counted where files are."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from effllm.checkpoint import Checkpoint
+from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.data.caching import cache_folder
 from effllm.errors import EffllmError
 
@@ -39,10 +39,8 @@ def own_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, samples: int, 
         logger.info("calibration: the model writes %d x %d tokens", samples, length)
         ids = _written(folder, tokenizer, samples * length, length, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".tmp")
-        save_file({"tokens": ids.view(samples, length)}, scratch)
-        scratch.replace(file)
-    return load_file(file)["tokens"]
+        write_tensors(file, {"tokens": ids.view(samples, length)})
+    return read_tensors(file)["tokens"]
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -66,8 +66,7 @@ def encode(model: nn.Module, members: Members, found: Mapping[str, Moments] = Ma
 def decode_stored(model: nn.Module, members: Members, stored: Stored) -> Tensor:
     """The parameter as a dense tensor again, from what `encode` gives."""
     (site, *_), *_ = members.values()
-    owner, _, leaf = site.parameter.rpartition(".")
-    dense: Tensor = getattr(model.get_submodule(owner), leaf).detach().clone()
+    dense = model.get_parameter(site.parameter).detach().clone()
     for codec, sites in members.items():
         for place, one in enumerate(sites):
             data = stored[codec]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.journal import JOURNAL, RunJournal
 from effllm.layers.placing import refuse_nonfinite
 from effllm.method import Codec
@@ -24,7 +24,7 @@ from effllm.price.probe import Weights, probe
 from effllm.site import Site
 from effllm.source import Batch, Source
 from effllm.statistics import DRAWS, TIED, Sums, Sweep, moments, share_experts
-from effllm.statistics.spool import write_tensors
+from effllm.statistics.tap import state_of, uses_of
 
 PROBED_BITS = 4.0  # stored bits per weight of the option that is probed, or as near as the options come
 PROBE_TOKENS = 1024
@@ -138,8 +138,7 @@ def _price_gate(
         unit = site.block or site.name
         predicted[unit] = predicted.get(unit, 0.0) + cost(decoded, weight, found)
         if site.parameter not in changed:
-            owner, _, leaf = site.parameter.rpartition(".")
-            changed[site.parameter] = getattr(source.model.get_submodule(owner), leaf).detach().clone()
+            changed[site.parameter] = source.model.get_parameter(site.parameter).detach().clone()
         site.write(decoded, changed[site.parameter], source.model)
         if site.block is None:
             write_tensors(spool / f"probe-{unit}.safetensors", {site.parameter: changed.pop(site.parameter)})
@@ -159,26 +158,19 @@ def cost(decoded: Tensor, weight: Tensor, found: Moments, step: int = 1 << 14) -
 def _keep(sums: dict[str, list[Sums]], outside: set[str], folder: Path) -> None:
     """Token weights; of the few sites outside the blocks the moments, for a second forward does not compute the head."""
     for name, uses in sums.items():
-        state = {f"{n}.{k}": value for n, use in enumerate(uses) for k, value in use.state(name in outside).items()}
-        write_tensors(folder / f"{name}.safetensors", state)
+        write_tensors(folder / f"{name}.safetensors", state_of(uses, whole=name in outside))
 
 
 def kept_sums(site: Site, folder: Path) -> list[Sums]:
     """What the sweep has kept of a site: its uses, of a look-up with the moments, of others with the token weights."""
-    uses: dict[int, dict[str, Tensor]] = {}
-    with safe_open(folder / f"{site.name}.safetensors", framework="pt", backend="pread") as handle:
-        for key in handle.keys():  # noqa: SIM118
-            number, _, field = key.partition(".")
-            uses.setdefault(int(number), {})[field] = handle.get_tensor(key)
-    return [Sums.from_state(site, uses[number]) for number in sorted(uses)]
+    return uses_of(site, read_tensors(folder / f"{site.name}.safetensors"))
 
 
 def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool: Path) -> dict[str, float]:
     units = {unit: unit for gate in journal.all("gate").values() for unit in gate["predicted"]}
 
     def changed(unit: str) -> Weights:
-        with safe_open(spool / f"probe-{unit}.safetensors", framework="pt", backend="pread") as handle:
-            return {key: handle.get_tensor(key).to(source.device) for key in handle.keys()}  # noqa: SIM118
+        return read_tensors(spool / f"probe-{unit}.safetensors", source.device)
 
     return probe(source, _first(batches, PROBE_TOKENS), units, changed)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from effllm.report.progress import track
-from effllm.source import Batch, Source, run_batch
-from effllm.statistics.sweep import LOGITS, counted, logits_of, returning, sites_behind
+from effllm.source import Batch, Source
+from effllm.statistics.sweep import counted, head_logits, logits_at_once, logits_of, sites_behind
 
 Weights = dict[str, Tensor]
 """Parameter -> the values that stand for it."""
@@ -57,31 +57,26 @@ def probe(
         return _behind(source, batches, [groups[change] for change in reached], weights)
 
 
+@torch.no_grad()
 def _behind(
     source: Source, batches: Sequence[Batch], results: list[list[Any]], weights: dict[str, Weights]
 ) -> dict[str, float]:
     """The same, from what the base model returned for each batch, the unchanged model first; `weights` are of the head."""
     totals, labels = dict.fromkeys(weights, 0.0), 0
-    step = max(1, LOGITS // source.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    step, kind = logits_at_once(source.model), type(results[0][0])
     for number, batch in enumerate(batches):
         states = [result[number].last_hidden_state for result in results]
         mask = counted(batch, states[0].shape[:2])
         labels += int(mask.sum())
         for start in range(0, len(mask), step):
             part = slice(start, start + step)
-            pieces = [type(results[0][0])(last_hidden_state=state.flatten(0, 1)[part].unsqueeze(0)) for state in states]
-            own = _logits(source, batch, pieces[0])
-            for change, piece in zip(weights, pieces[1:], strict=True):
+            own, *others = (state.flatten(0, 1)[part].unsqueeze(0) for state in states)
+            expected = head_logits(source, batch, kind, own)
+            for change, piece in zip(weights, others, strict=True):
                 with source.changed(weights[change]):
-                    logits = _logits(source, batch, piece)
-                totals[change] += float((divergence(own, logits).flatten() * mask[part].to(logits.device)).sum())
+                    logits = head_logits(source, batch, kind, piece)
+                totals[change] += float((divergence(expected, logits).flatten() * mask[part].to(logits.device)).sum())
     return {change: total / labels for change, total in totals.items()}
-
-
-@torch.no_grad()
-def _logits(source: Source, batch: Batch, result: Any) -> Tensor:
-    with returning(source.model, result):
-        return logits_of(run_batch(source.model, batch, source.device))
 
 
 def _mean(own: list[Tensor], other: list[Tensor], positions: list[Tensor]) -> float:

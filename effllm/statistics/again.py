@@ -10,7 +10,7 @@ from effllm.moments import Moments
 from effllm.site import Site
 from effllm.source import Batch, Source
 from effllm.statistics.sweep import experts_one_by_one
-from effllm.statistics.tap import Replay, Sums, moments, share_experts
+from effllm.statistics.tap import Replay, Sums, moments_of, share_experts
 
 Kept = Callable[[Site], list[Sums]]
 
@@ -29,8 +29,7 @@ def moments_again(
     outside = [site for site in sites if site.block is None]
     for unit in source.units_of(outside):
         members = [site for site in outside if site.parameter in source.units[unit]]
-        found = {site.name: moments(kept(site), labels) for site in members}
-        yield unit, {name: one for name, one in found.items() if one is not None}
+        yield unit, moments_of({site.name: kept(site) for site in members}, labels)
     if not any(blocks.values()):
         return
     for gate, calls in source.walk(batches):
@@ -41,8 +40,7 @@ def moments_again(
             with experts_one_by_one(source.model.get_submodule(gate)), tap:
                 call.run()
         share_experts(tap.sums, blocks[gate])
-        found = {name: moments(uses, labels) for name, uses in tap.sums.items()}
-        yield gate, {name: one for name, one in found.items() if one is not None}
+        yield gate, moments_of(tap.sums, labels)
         if compressed is not None:
             with source.changed(compressed(gate)):
                 for call in calls:

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.errors import EffllmError
 
 
@@ -34,31 +33,9 @@ class Spool:
         self.count += 1
         self.nbytes += tensor.nbytes
         file = self.folder / f"{self.count}.safetensors"
-        save_file({"tensor": tensor.detach().cpu().contiguous()}, file)
+        write_tensors(file, {"tensor": tensor})
         return file
 
     def read(self, file: Path, device: torch.device) -> Tensor:
         """What `write` stored."""
-        with safe_open(file, framework="pt", backend="pread") as handle:
-            tensor: Tensor = handle.get_tensor("tensor")
-        return tensor.to(device)
-
-    def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Stores `tensors` under a name; the file is whole or absent."""
-        write_tensors(self.folder / f"{name}.safetensors", tensors)
-
-    def kept(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """What `keep` stored."""
-        with safe_open(self.folder / f"{name}.safetensors", framework="pt", backend="pread") as handle:
-            return {key: handle.get_tensor(key).to(device) for key in handle.keys()}  # noqa: SIM118
-
-    def drop(self, name: str) -> None:
-        """Deletes what `keep` stored, if it is there."""
-        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file that is whole or absent."""
-    scratch = file.with_name(f".{file.name}.tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    scratch.replace(file)
+        return read_tensors(file, device)["tensor"]

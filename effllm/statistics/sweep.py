@@ -23,20 +23,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.errors import EffllmError, UsageError
 from effllm.report.progress import track
 from effllm.site import Site, is_experts
 from effllm.source import Batch, Source, evaluating, run_batch
 from effllm.source.lockstep import Call
 from effllm.statistics.spool import Spool
-from effllm.statistics.tap import Sums, Tap
+from effllm.statistics.tap import Sums, Tap, state_of, uses_of
 
 LOGITS = 1 << 25  # in memory at once, beside a few tensors of their size
 DRAWS = 2  # labels of every token
-HEAD, TIED = (
-    "head",
-    "tied",
-)  # the names under which weights behind the base model come, and those that several modules use
+HEAD = "head"  # the name under which weights behind the base model come
+TIED = "tied"  # and weights that several modules use
 
 
 @dataclass
@@ -189,12 +188,12 @@ class Sweep:
         batch, hidden, results[number] = self.batches[number], result.last_hidden_state, None
         states, mask = hidden.detach().flatten(0, 1), counted(batch, hidden.shape[:2])
         grads = [torch.zeros_like(states) for _ in range(DRAWS)]
-        step = max(1, LOGITS // source.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        step = logits_at_once(source.model)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             given = states[part].unsqueeze(0).requires_grad_()
-            with torch.enable_grad(), tap, returning(source.model, type(result)(last_hidden_state=given)):
-                logits = logits_of(run_batch(source.model, batch, source.device))
+            with torch.enable_grad(), tap:
+                logits = head_logits(source, batch, type(result), given)
             for draw, label in enumerate(self._labels(logits, mask[part], number, start)):
                 grads[draw][part] = torch.autograd.grad(logits, given, label, retain_graph=draw < DRAWS - 1)[0][0]
             tap.flush()
@@ -223,22 +222,22 @@ class Sweep:
 
     def _backward(self, arrivals: Arrivals, done: Sequence[str]) -> Iterator[tuple[str, dict[str, list[Sums]]]]:
         first = {gate: number for number, (gate, _) in reversed(list(enumerate(arrivals)))}
-        taps: dict[str, Tap] = {}
+        sums: dict[str, dict[str, list[Sums]]] = {}
         processed = len(done) or 1
         for number in track(range(len(arrivals) - 1, -1, -1), "statistics: backward", total=len(arrivals)):
             gate, passings = arrivals[number]
             if gate in done:
                 continue
             with self.source.resident_at(gate):
-                tap = taps.setdefault(gate, Tap(self.source.model, self._sites_at(gate)))
+                tap = Tap(self.source.model, self._sites_at(gate), sums.setdefault(gate, {}))
                 for place in range(len(passings)):
                     self._pass_back(gate, passings[place], tap)
                     passings[place].arguments.clear()
                 if first[gate] == number:
                     processed += 1
-                    sums = self._sums(taps.pop(gate))
+                    own = self._sums(tap)
                     self._save(processed)
-                    yield gate, sums
+                    yield gate, own
 
     def _sites_at(self, gate: str) -> list[Site]:
         inside = [site for site in self.source.sites if site.block == gate]
@@ -282,25 +281,27 @@ class Sweep:
         """Writes what a sweep needs that goes on behind the gates processed so far; the state before stays beside it."""
         state = {f"leaf.{n}.{d}": g for n, leaf in enumerate(self._leaves) for d, g in leaf.grads.items()}
         for name, uses in self._tied.items():
-            for number, use in enumerate(uses):
-                state |= {f"tied.{number}.{key}.{name}": tensor for key, tensor in use.state(whole=True).items()}
-        self.spool.keep(f"state-{processed}", {**state, "tokens": torch.tensor(self.tokens)})
-        self.spool.drop(f"state-{processed - 2}")
+            state |= {f"tied.{name}.{key}": tensor for key, tensor in state_of(uses, whole=True).items()}
+        write_tensors(self._state(processed), {**state, "tokens": torch.tensor(self.tokens)})
+        self._state(processed - 2).unlink(missing_ok=True)
+
+    def _state(self, processed: int) -> Path:
+        return self.spool.folder / f"state-{processed}.safetensors"
 
     def _resume(self, processed: int) -> None:
-        state = self.spool.kept(f"state-{processed}", self.source.device)
+        state = read_tensors(self._state(processed), self.source.device)
         self.tokens = int(state.pop("tokens"))
-        uses: dict[tuple[str, int], dict[str, Tensor]] = {}
+        tied: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
-            kind, number, rest = key.split(".", 2)
+            kind, _, rest = key.partition(".")
             if kind == "leaf":
-                self._leaves[int(number)].add(int(rest), tensor)
+                number, draw = map(int, rest.split("."))
+                self._leaves[number].add(draw, tensor)
             else:
-                key, _, name = rest.partition(".")
-                uses.setdefault((name, int(number)), {})[key] = tensor
+                name, number_of_use, part = rest.rsplit(".", 2)
+                tied.setdefault(name, {})[f"{number_of_use}.{part}"] = tensor
         sites = {site.name: site for site in self.source.sites}
-        for place in sorted(uses):
-            self._tied.setdefault(place[0], []).append(Sums.from_state(sites[place[0]], uses[place]))
+        self._tied = {name: uses_of(sites[name], parts) for name, parts in tied.items()}
 
 
 def sites_behind(source: Source) -> list[Site]:
@@ -331,8 +332,20 @@ def logits_of(result: Any) -> Tensor:
     return logits
 
 
+def logits_at_once(model: nn.Module) -> int:
+    """How many tokens' logits may be in memory together."""
+    vocabulary: int = cast(Any, model).get_output_embeddings().weight.shape[0]
+    return max(1, LOGITS // vocabulary)
+
+
+def head_logits(source: Source, batch: Batch, kind: type[Any], states: Tensor) -> Tensor:
+    """Logits of `states` `[1, tokens, width]` by what lies behind the base model, which returns a `kind`; batch is its."""
+    with _returning(source.model, kind(last_hidden_state=states)):
+        return logits_of(run_batch(source.model, batch, source.device))
+
+
 @contextlib.contextmanager
-def returning(model: nn.Module, result: Any) -> Iterator[None]:
+def _returning(model: nn.Module, result: Any) -> Iterator[None]:
     """Lets the base model inside `model` (or its decoder, where `model` calls that) return `result` without computing."""
     assert isinstance(model, PreTrainedModel)
     called = []

@@ -65,8 +65,7 @@ class Sums:
         shares = shares / shares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return Moments(Metric(self.A / labels, self.site.shape[1]), shares.flatten())
 
-    def state(self, whole: bool) -> dict[str, Tensor]:
-        """What makes the sums anew: with A, or, save of a look-up, without it, for a second forward to add the inputs."""
+    def _state(self, whole: bool) -> dict[str, Tensor]:
         found = {"rows": self.rows, "parts": torch.tensor(self.parts)}
         if self.energies:
             found["energies"] = torch.cat(self.energies)
@@ -75,12 +74,26 @@ class Sums:
         return found
 
     @classmethod
-    def from_state(cls, site: Site, state: dict[str, Tensor]) -> Sums:
-        """The inverse of `state`."""
+    def _from_state(cls, site: Site, state: dict[str, Tensor]) -> Sums:
         sums = cls(site, int(state["parts"]), "energies" not in state)
         sums.rows, sums.A = state["rows"], state.get("A")
         sums.energies = [state["energies"]] if "energies" in state else []
         return sums
+
+
+def state_of(uses: Sequence[Sums], whole: bool) -> dict[str, Tensor]:
+    """What makes the sums of a weight's uses anew: with A where it is `whole`; else, save of a look-up, without it, for a
+    second forward to add the inputs."""
+    return {f"{number}.{key}": tensor for number, use in enumerate(uses) for key, tensor in use._state(whole).items()}
+
+
+def uses_of(site: Site, state: dict[str, Tensor]) -> list[Sums]:
+    """The inverse of `state_of`."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        number, _, key = name.partition(".")
+        parts.setdefault(int(number), {})[key] = tensor
+    return [Sums._from_state(site, parts[number]) for number in sorted(parts)]
 
 
 def share_experts(sums: dict[str, list[Sums]], sites: Sequence[Site]) -> None:
@@ -102,6 +115,12 @@ def share_experts(sums: dict[str, list[Sums]], sites: Sequence[Site]) -> None:
             use.rows = use.rows.to(rows.device) + rows
 
 
+def moments_of(sums: dict[str, list[Sums]], labels: int) -> dict[str, Moments]:
+    """Site -> its moments; sites that nothing has come by are left out."""
+    found = {name: moments(uses, labels) for name, uses in sums.items()}
+    return {name: one for name, one in found.items() if one is not None}
+
+
 def moments(uses: Sequence[Sums], labels: int) -> Moments | None:
     """The moments of a weight with these uses."""
     found: Moments | None = None
@@ -116,12 +135,16 @@ class Tap(TorchFunctionMode):
     """While it is open, every use of the weights of `sites` in `model` is summed; after a backward call `flush`.
 
     A weight is recognised by where its values lie, so that Linear, Conv1D, convolutions, embeddings and single experts of a
-    stacked parameter are all found where torch multiplies by them.
+    stacked parameter are all found where torch multiplies by them: the weights must stay where they are while it is used.
+
+    Args:
+        model, sites: whose weights.
+        sums: site -> the sums of its uses, to be added to.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], sums: dict[str, list[Sums]] | None = None):
         super().__init__()
-        self.sums: dict[str, list[Sums]] = {}
+        self.sums = {} if sums is None else sums
         self._sites = {_address(site, model): site for site in sites}
         self._seen: list[tuple[Sums, Tensor, list[Tensor]]] = []
 
@@ -189,14 +212,11 @@ class Tap(TorchFunctionMode):
 class Replay(Tap):
     """A tap for a second forward, without a backward: the inputs are weighted by what an earlier sweep has kept.
 
-    Args:
-        model, sites: as of `Tap`.
-        kept: site -> the sums of its uses, with the token weights in the order in which the weight sees its tokens.
+    `sums` are its, with the token weights in the order in which the weight sees its tokens.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], kept: dict[str, list[Sums]]):
-        super().__init__(model, sites)
-        self.sums = kept
+    def __init__(self, model: nn.Module, sites: Sequence[Site], sums: dict[str, list[Sums]]):
+        super().__init__(model, sites, sums)
         self._places: dict[str, int] = {}
 
     def _listen(self, weight: Any, out: Tensor, inputs: Callable[[Site], tuple[int, Tensor]],
@@ -214,8 +234,7 @@ class Replay(Tap):
 
 
 def _address(site: Site, model: nn.Module) -> int:
-    owner, _, leaf = site.parameter.rpartition(".")
-    weight: Tensor = getattr(model.get_submodule(owner), leaf)
+    weight = model.get_parameter(site.parameter)
     return (weight if site.expert is None else weight[site.expert]).data_ptr()
 
 

@@ -32,7 +32,7 @@ from effllm.method import Codec
 from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
-from effllm.site import Site, unchanged
+from effllm.site import Site, unchanged, untied
 from effllm.source import Batch, LiveModel, Source, arithmetic, in_dtype
 from effllm.surgery import refit_norms, refits_norms
 
@@ -71,8 +71,7 @@ def compress(
     with tempfile.TemporaryDirectory(prefix="effllm-") as folder:
         priced = price_live(wanted, model, batches, Path(folder)) if wanted.limited or wanted.solves else None
         if priced is not None and wanted.limited:
-            tied = {f"{name}.weight" for site in source.sites for name in site.tied}
-            original = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in tied)
+            original = sum(tensor.nbytes for tensor in untied(model, source.sites).values())
             assigned = priced.solution(model, original, {}).assigned
         else:
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -24,17 +24,6 @@ BUDGET = "budget"  # the preset that a budget without a plan means
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
 
-_as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
-CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
-EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), _as_spec]
-ChoiceField = Annotated[
-    str | Codec,
-    BeforeValidator(lambda value: _choice(value)),
-    PlainSerializer(lambda choice: choice if isinstance(choice, str) else {choice.name(): choice.settings()}),
-]
-BudgetField = Annotated[str, AfterValidator(lambda text: _budget(text))]
-ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
-
 
 def _budget(text: str) -> str:
     Budget.parse(text)
@@ -47,6 +36,18 @@ def _choice(value: Any) -> str | Codec:
         method_class(value, Codec)
         return value
     return from_spec(value, Codec)  # type: ignore[no-any-return]
+
+
+_as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
+CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
+EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), _as_spec]
+ChoiceField = Annotated[
+    str | Codec,
+    BeforeValidator(_choice),
+    PlainSerializer(lambda choice: choice if isinstance(choice, str) else {choice.name(): choice.settings()}),
+]
+BudgetField = Annotated[str, AfterValidator(_budget)]
+ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
 
 
 class _Strict(BaseModel):

@@ -133,12 +133,17 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def untied(model: nn.Module, sites: list[Site]) -> dict[str, torch.Tensor]:
+    """The state dict with every shared weight once, under the name of the module that owns it."""
+    tied = {f"{name}.weight" for site in sites for name in site.tied}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+
+
 def unchanged(model: nn.Module, sites: list[Site], assigned: Collection[str]) -> list[tuple[str, float, str]]:
     """Weights above 1 % of the model's bytes that are at no site in `assigned`: name, share of the bytes, and why."""
-    tied = {f"{name}.weight" for site in sites for name in site.tied}
     known = {site.parameter for site in sites}
     left = {site.parameter for site in sites if site.name not in assigned}
-    state = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    state = untied(model, sites)
     total = sum(tensor.nbytes for tensor in state.values())
     return [
         (key, tensor.nbytes / total, "the plan leaves it" if key in known else _reason(model, key))

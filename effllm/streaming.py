@@ -44,7 +44,7 @@ from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
-from effllm.site import Site, unchanged
+from effllm.site import Site, unchanged, untied
 from effllm.source import Source, StoredModel, arithmetic
 from effllm.statistics import DRAWS
 from effllm.statistics.tap import WIDEST
@@ -136,8 +136,7 @@ def compress_folder(
     if overwrite:
         RunJournal.forget(run.partial)
     other_files(checkpoint.folder)
-    kept = sum(checkpoint.tensors[name].nbytes for name in stored.unloaded)
-    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)) + kept)
+    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)) + sum(stored.unloaded.values()))
     measure = wanted.needs_data if check is None else check
     measure = measure and has_held_out(stored.model, target) and (bool(check) or _fits(checkpoint))
     try:
@@ -183,9 +182,8 @@ def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite
 
 def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
     """An upper bound of the output's tensor bytes: each site at the largest option that the plan may choose."""
-    tied = {f"{name}.weight" for site in source.sites for name in site.tied}
-    state = source.model.state_dict()
-    total: int = sum(tensor.nbytes for name, tensor in state.items() if name not in tied)
+    state = untied(source.model, source.sites)
+    total: int = sum(tensor.nbytes for tensor in state.values())
     for site in source.sites:
         if site.name in options:
             dense = site.size * state[site.parameter].itemsize
@@ -266,9 +264,7 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[st
     if run.plan.limited or run.plan.solves:
         priced = price_folder(run.plan, run.checkpoint, source.device, run.seed)
     if priced is not None and run.plan.limited:
-        extra = {name: run.checkpoint.tensors[name].nbytes for name in source.unloaded}
-        solution = priced.solution(source.model, run.checkpoint.stored_bytes, extra)
-        return solution.assigned, priced
+        return priced.solution(source.model, run.checkpoint.stored_bytes, source.unloaded).assigned, priced
     ranks: dict[Score, dict[str, float]] = {}
     for score in run.plan.scores():
         with journal.claim(f"score-{score.name()}"):

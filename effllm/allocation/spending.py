@@ -28,6 +28,7 @@ from effllm.plans import Plan, Step, select
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.report.progress import track
+from effllm.site import untied
 from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype
 from effllm.statistics.again import moments_again
 
@@ -73,11 +74,11 @@ class Priced:
         Raises:
             UsageError: the budget is below the smallest possible.
         """
-        sites, state = self.source.sites, model.state_dict()
+        sites = self.source.sites
+        state = untied(model, sites)
         excluded = {site.name for site in select(self.plan.exclude, sites)}
-        tied = {f"{name}.weight" for site in sites for name in site.tied}
         parameters = {site.parameter for site in sites}
-        rest = {name: t.nbytes for name, t in state.items() if name not in parameters | tied} | dict(extra)
+        rest = {name: t.nbytes for name, t in state.items() if name not in parameters} | dict(extra)
         headers = header_bytes(rest, len(self.source.units) + 2)
         if self.plan.ram:
             if not isinstance(model, PreTrainedModel):
@@ -110,7 +111,7 @@ class Priced:
         return self.plan.model_copy(update={"budget": None, "ram": None, "groups": [], "steps": steps})
 
     def predicted(self, assigned: Mapping[str, Codec]) -> float | None:
-        """Expected KL of these codecs together, nats per token; None without data, or where an option has no price."""
+        """Expected KL of these codecs together, nats per token, where the data reach; None without data."""
         if self.prices is None:
             return None
         found = [
@@ -139,24 +140,22 @@ def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device 
     """
     device = torch.device(device)
     source = StoredModel(checkpoint, torch.float32 if device.type == "cpu" else None, device)
-    options = plan.options(source.sites)
     if not plan.solves:
-        return Priced(plan, source, [], options, None)
+        return Priced(plan, source, [], plan.options(source.sites), None)
     key = price_key(plan, checkpoint, device, seed)
     batches = folder_batches(plan.calibration, source.model, checkpoint.folder)
-    priced = Priced(plan, source, batches, options, collect_prices(source, options, batches, cache(key), key, seed))
-    warn_unreached(priced)
-    return priced
+    return _collected(plan, source, batches, cache(key), key, seed)
 
 
-def warn_unreached(priced: Priced) -> None:
-    """Says which sites have no price, because the calibration data never come by."""
-    if priced.prices is None:
-        return
-    left = [name for name in priced.options if name not in priced.prices.losses]
+def _collected(plan: Plan, source: Source, batches: Sequence[Batch], folder: Path, key: str, seed: int) -> Priced:
+    """Prices found on data; says which sites have none, because the data never come by."""
+    options = plan.options(source.sites)
+    prices = collect_prices(source, options, batches, folder, key, seed)
+    left = [name for name in options if name not in prices.losses]
     if left:
         more = ", ..." if len(left) > 1 else ""
         logger.warning("%d layers are never reached by the calibration data: %s%s", len(left), left[0], more)
+    return Priced(plan, source, batches, options, prices)
 
 
 def price_key(plan: Plan, checkpoint: Checkpoint, device: torch.device, seed: int) -> str:
@@ -177,12 +176,9 @@ def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: P
     """The same for a live model, `folder` being where hidden states and statistics may lie meanwhile."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     source = LiveModel(model, torch.float32 if on_cpu else None)
-    options = plan.options(source.sites)
-    batches = in_dtype(batches, source.dtype)
-    prices = collect_prices(source, options, batches, folder, "", seed) if plan.solves else None
-    priced = Priced(plan, source, batches, options, prices)
-    warn_unreached(priced)
-    return priced
+    if not plan.solves:
+        return Priced(plan, source, [], plan.options(source.sites), None)
+    return _collected(plan, source, in_dtype(batches, source.dtype), folder, "", seed)
 
 
 def cache(key: str) -> Path:

@@ -17,8 +17,7 @@ from effllm.moments import Metric
 
 COLUMNS = 8  # at most, that are compensated one by one; more of them by a product of matrices
 AT_ONCE = 1 << 24  # weights in fp32, and as many errors
-
-SMALL = 1 << 22  # weights
+SMALL = 1 << 22  # weights, below which one thread is quickest
 
 Snap = Callable[[slice, int, Tensor], Tensor]
 """(rows, column, values `[rows]`) -> the nearest values of the grid there."""

@@ -91,7 +91,7 @@ class Quantize(Codec):
 
     def _encode_rows(self, weight: Tensor) -> dict[str, Tensor]:
         x, columns = self._grouped(weight), weight.shape[1]
-        scale, zero = self._fit(x, torch.ones(()))
+        scale, zero = self._fit(x)
         codes = self._steps(x, scale, zero, torch.empty_like(x)).add_(zero).to(torch.uint8)
         return self._stored(codes.view(len(x), -1)[:, :columns], scale, zero)
 
@@ -110,7 +110,7 @@ class Quantize(Codec):
         size, groups = self._groups(columns)
         return F.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
 
-    def _fit(self, x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def _fit(self, x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every group, `[rows, groups, 1]`; errors count by `importance` `[groups, size]`."""
         low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
         return self._search(x, low, high, importance) if self.range == "search" else self._scale(low, high)
@@ -132,15 +132,17 @@ class Quantize(Codec):
         scale = ((high - low) / steps).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         return scale, (-low / scale).round().clamp(0, steps)
 
-    def _search(self, x: Tensor, low: Tensor, high: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, x: Tensor, low: Tensor, high: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the share of the range with the least squared error; the larger share on a tie."""
         scratch = torch.empty_like(x)
         shares = torch.tensor(SHRINK, device=x.device).view(-1, 1, 1, 1)
         scales, zeros = self._scale(low * shares, high * shares)
         errors = torch.empty_like(scales)
         for scale, zero, error in zip(scales, zeros, errors, strict=True):
-            difference = self._steps(x, scale, zero, scratch).mul_(scale).sub_(x)
-            torch.sum(difference.square_().mul_(importance), -1, keepdim=True, out=error)
+            squares = self._steps(x, scale, zero, scratch).mul_(scale).sub_(x).square_()
+            if importance is not None:
+                squares.mul_(importance)
+            torch.sum(squares, -1, keepdim=True, out=error)
         best = errors.argmin(0, keepdim=True)
         return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 

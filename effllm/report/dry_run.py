@@ -99,8 +99,7 @@ def plan(
     context = context or wanted.context
     if wanted.limited:
         return _within_budget(model, wanted, context, revision, device, seed)
-    unloaded: list[str] = []
-    extra = 0
+    unloaded: dict[str, int] = {}
     if isinstance(model, PreTrainedModel):
         shape, name = model, type(model).__name__
     elif not Path(model).is_dir() and str(model) in aliases():
@@ -112,8 +111,7 @@ def plan(
         name = str(model)
         stored = StoredModel(Checkpoint.open(resolve(model, revision)))
         shape, unloaded = stored.model, stored.unloaded
-        extra = sum(stored.checkpoint.tensors[key].nbytes for key in unloaded)
-    return _describe(name, shape, wanted, context, unloaded, extra)
+    return _describe(name, shape, wanted, context, unloaded)
 
 
 def _within_budget(
@@ -126,16 +124,15 @@ def _within_budget(
     stored = StoredModel(checkpoint)
     refuse_default(wanted, stored.model)
     priced = price_folder(wanted, checkpoint, device, seed)
-    extra = {name: checkpoint.tensors[name].nbytes for name in stored.unloaded}
-    solution = priced.solution(stored.model, checkpoint.stored_bytes, extra)
+    solution = priced.solution(stored.model, checkpoint.stored_bytes, stored.unloaded)
     concrete = priced.concrete(solution)
-    found = _describe(str(model), stored.model, concrete, context, stored.unloaded, sum(extra.values()))
+    found = _describe(str(model), stored.model, concrete, context, stored.unloaded)
     loss = priced.predicted(solution.assigned)
     return replace(found, budget=wanted.budget or f"{wanted.ram} to run", predicted_kl=loss, gap=solution.gap)
 
 
-def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unloaded: list[str], extra: int) -> DryRun:
-    sites = find_sites(model)
+def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unloaded: dict[str, int]) -> DryRun:
+    sites, extra = find_sites(model), sum(unloaded.values())
     options = wanted.options(sites)
     state = {key: tensor.nbytes for key, tensor in model.state_dict().items()}
     tied = {f"{other}.weight" for site in sites for other in site.tied}
@@ -165,7 +162,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
         seconds=_estimate_seconds(sites, options, wanted, dtype),
         unchanged=left,
         remarks=remarks(model, sites, wanted, left),
-        unloaded=unloaded,
+        unloaded=list(unloaded),
     )
 
 

@@ -256,7 +256,9 @@ class StoredModel(Source):
         super().__init__(skeleton(checkpoint.config, self.dtype, device), device)
         self._targets = self._map_keys()
         state = self.model.state_dict().keys()
-        self.unloaded = [key for key, target in self._targets.items() if target not in state]
+        unloaded = [key for key, target in self._targets.items() if target not in state]
+        self.unloaded = {key: checkpoint.tensors[key].nbytes for key in unloaded}
+        """Tensors of the checkpoint that the class does not load, and their bytes."""
         self._keys = {unit: self._keys_of(set(names)) for unit, names in self.units.items()}
         self._check_headers()
         self._check_tied()

@@ -360,12 +360,14 @@ def _dtype(name: str | None) -> Any:
 
 
 def _bytes(size: str | None) -> int | None:
+    from effllm.allocation.budget import in_bytes
+
     if size is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", size.strip(), re.IGNORECASE)
     if found is None:
         raise UsageError(f"a size is written as 3GB or 500MB (GB is 10**9 bytes), not {size!r}")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+    return int(in_bytes(found[1], found[2]))
 
 
 def _print(text: str) -> None:

@@ -304,7 +304,12 @@ def _rewrite(
         """Units with the moments of their sites, in the order in which they come by."""
         seen = set()
         if priced is not None and priced.prices is not None:
-            for unit, found in priced.again(assigned, decoded if run.plan.inputs == "compressed" else None):
+            if run.plan.inputs == "compressed":
+                again = priced.again(assigned, decoded)
+            else:
+                left = {site.name for site in source.sites if {*pending} & {*source.units_of([site])}}
+                again = priced.again({name: codec for name, codec in assigned.items() if name in left}, None)
+            for unit, found in again:
                 if unit in pending:
                     yield unit, found
                     seen.add(unit)

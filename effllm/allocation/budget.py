@@ -17,9 +17,13 @@ from effllm.site import Site
 
 HEADER = 110  # bytes of one tensor in a safetensors header beside its name, at most
 SHARD = 256  # bytes of a shard's header beside its tensors, padding and guard included
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 Unit = Literal["bytes", "bpw", "x"]
+
+
+def in_bytes(number: str, prefix: str) -> float:
+    """`number` of kilo-, mega-, giga- or terabytes, by the letter in front of the B; powers of 1000."""
+    return float(number) * float(1000 ** " KMGT".index(prefix.upper() or " "))
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,9 @@ class Budget:
                 "a budget is written as 2GB or 500MB (weight files, GB is 10**9 bytes), 4.25bpw (bits per weight) or 0.25x "
                 f"(of the original), not {text!r}"
             )
-        value, unit = float(found[1]), (found[2] or "").lower()
-        if unit == "bpw":
-            return cls(value, "bpw")
-        if unit == "x":
-            return cls(value, "x")
-        return cls(value * UNITS[(found[3] or "").upper().replace("K", "k")], "bytes")
+        if found[2]:
+            return cls(float(found[1]), "bpw" if found[2].lower() == "bpw" else "x")
+        return cls(in_bytes(found[1], found[3]), "bytes")
 
 
 @dataclass(frozen=True)

@@ -41,23 +41,32 @@ def test_it_costs_less_than_rounding_to_nearest(bits, group_size, symmetric, spa
     assert cost(codec, weight, found, True) < cost(codec, weight, found, False)
 
 
+def assert_alike(one: Tensor, other: Tensor, weight: Tensor, found: Moments) -> None:
+    """Products of other shapes round differently, which may tip a scale or a code, and with it what follows in its row."""
+    assert (one == other).all(1).float().mean() > 0.7
+    costs = [found.costs(decoded - weight).sum() for decoded in (one, other)]
+    assert torch.allclose(*costs, rtol=0.1)
+
+
 @pytest.mark.parametrize("group_size", [32, 48, "row"])
 def test_rows_are_solved_on_their_own(group_size):
-    codec, weight, found = Quantize(bits=3, group_size=group_size), torch.randn(20, 96), moments(correlated(96), 20)
-    index = torch.tensor([3, 7, 19])
+    weight = torch.randn(60, 96, generator=torch.Generator().manual_seed(0))
+    codec, found = Quantize(bits=3, group_size=group_size), moments(correlated(96), 60)
+    index = torch.arange(0, 60, 2)
     whole, part = codec.encode(weight, found), codec.encode(weight[index], found.of(index))
-    for name, tensor in part.items():  # products of other shapes round differently, which may tip a code
-        assert (whole[name][index] != tensor).float().mean() < 0.02, name
+    decoded = codec.decode_rows(whole, index, (60, 96)), codec.decode(part, (30, 96))
+    assert_alike(*decoded, weight[index], found.of(index))
 
 
 def test_several_options_together_are_what_each_is_alone():
     codecs = [
         Quantize(bits=b, group_size=g, symmetric=s) for b in (2, 5) for g in (32, 48, "row") for s in (True, False)
     ]
-    weight, found = torch.randn(10, 96), moments(correlated(96), 10)
-    for codec, together in zip(codecs, Quantize.encode_each(codecs, weight, found), strict=True):
-        alone = codec.encode(weight, found)
-        assert all((alone[name] != together[name]).float().mean() < 0.02 for name in alone), codec.label()
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    found = moments(correlated(96), 40)
+    for codec, stored in zip(codecs, Quantize.encode_each(codecs, weight, found), strict=True):
+        decoded = (codec.decode(data, (40, 96)) for data in (stored, codec.encode(weight, found)))
+        assert_alike(*decoded, weight, found)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,11 @@ ContextOption = Annotated[
 ]
 EffortOption = Annotated[
     str | None,
-    typer.Option("--effort", help="fast: no data, round to nearest; normal: priced and solved on calibration data."),
+    typer.Option(
+        "--effort",
+        help="fast: no data, round to nearest; normal: priced and solved on calibration data; best: then learnt block by "
+        "block.",
+    ),
 ]
 FastOption = Annotated[bool, typer.Option("--fast", help="Price without data, in seconds: the same as --effort fast.")]
 InputsOption = Annotated[
@@ -126,7 +130,10 @@ def compress(
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", help="Most memory for the work beside the libraries, such as 3GB.")
+        str | None,
+        typer.Option(
+            "--max-memory", help="Most memory for the work beside the libraries, such as 3GB (half of what is free)."
+        ),
     ] = None,
     seed: SeedOption = 0,
     revision: RevisionOption = None,
@@ -195,18 +202,20 @@ def diff(
     one: Annotated[str, typer.Argument(help="A preset or a plan file.", metavar="PLAN")],
     other: Annotated[str, typer.Argument(help="Another.", metavar="PLAN")],
     model: Annotated[str, typer.Option("--model", help="The model that the plans are for.")],
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Where two plans differ: bits, bytes and expected loss, layer by layer."""
     from effllm.report.diff import diff as compare
-    from effllm.report.diff import show
+    from effllm.report.diff import settings_that_differ, show
 
-    found = compare(one, other, model, revision)
+    found = compare(one, other, model, revision, _device(device, None), seed)
     if as_json:
         _print(json.dumps([asdict(row) for row in found], indent=2))
     else:
-        show(found, (one, other))
+        show(found, (one, other), settings_that_differ(one, other))
 
 
 @app.command("eval", epilog="Example: effllm eval ./out --baseline ./my-model --text my-texts.txt")

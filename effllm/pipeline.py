@@ -35,6 +35,7 @@ from effllm.report.remarks import remarks
 from effllm.site import Site, unchanged, untied
 from effllm.source import Batch, LiveModel, Source, arithmetic, in_dtype
 from effllm.surgery import refit_norms, refits_norms
+from effllm.train import encode_unit
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,9 @@ def _solved(
         return {name: decode_stored(source.model, members[name], stored[name]) for name in names}
 
     compressed = encoded if priced.plan.inputs == "compressed" else None
-    for unit, found in track(priced.again(assigned, compressed), "solve"):
-        for name in source.units[unit]:
-            if name in members:
-                stored[name] = encode(source.model, members[name], found)
+    for seen in track(priced.again(assigned, compressed), "solve"):
+        own = {name: members[name] for name in source.units[seen.unit] if name in members}
+        stored |= encode_unit(source.model, own, seen)
     return stored
 
 

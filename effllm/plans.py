@@ -19,7 +19,7 @@ from effllm.errors import UsageError, nearest
 from effllm.method import Codec, Edit, Score, from_spec, method_class, validated
 from effllm.site import Site
 
-Effort = Literal["fast", "normal"]
+Effort = Literal["fast", "normal", "best"]
 BUDGET = "budget"  # the preset that a budget without a plan means
 WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
@@ -27,6 +27,12 @@ LARGEST_PLAN = 1_000_000
 
 def _budget(text: str) -> str:
     Budget.parse(text)
+    return text
+
+
+def _memory(text: str) -> str:
+    if Budget.parse(text).unit != "bytes":
+        raise ValueError(f"memory to run in is written as 3GB or 800MB, not {text!r}")
     return text
 
 
@@ -47,6 +53,7 @@ ChoiceField = Annotated[
     PlainSerializer(lambda choice: choice if isinstance(choice, str) else {choice.name(): choice.settings()}),
 ]
 BudgetField = Annotated[str, AfterValidator(_budget)]
+MemoryField = Annotated[str, AfterValidator(_memory)]
 ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
 
 
@@ -134,19 +141,21 @@ class Plan(_Strict):
     description: str = ""
     budget: BudgetField | None = None
     """`2GB`, `4.25bpw` or `0.25x`; see `effllm.allocation.budget`."""
-    ram: BudgetField | None = None
+    ram: MemoryField | None = None
     """A budget for weights, KV cache and scratch together, at `context` tokens."""
     context: int = Field(default=4096, ge=1)
     groups: list[list[str]] = []
     """Lists of globs: sites of one block that one list matches get the same option, as engines need that fuse them."""
     effort: Effort = "fast"
     """`fast` needs no data: options are compared by relative error, weights rounded to nearest. `normal`, what a budget
-    implies, prices options in KL on the calibration data and solves each weight in its metric."""
+    implies, prices options in KL on the calibration data and solves each weight in its metric. `best` then learns the
+    weights of each block together, so that the block returns what it did."""
     inputs: Literal["original", "compressed"] = "original"
     """What the metric is made of: the inputs that the original model sees, or those that the compressed blocks give."""
     calibration: Calibration = Calibration()
     exclude: list[str] = []
-    steps: list[Step] = Field(min_length=1)
+    steps: list[Step]
+    """None leave the model as it is, as a budget above its size does."""
 
     @model_validator(mode="before")
     @classmethod

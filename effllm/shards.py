@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from effllm import hf
 from effllm.checkpoint.skeleton import quiet
 from effllm.data.inputs import folder_batches
 from effllm.journal import file_digest
-from effllm.layers.placing import Members, decode_stored, encode, encoded_module, read_stored, refuse_nonfinite
-from effllm.moments import Moments
+from effllm.layers.placing import Members, decode_stored, encoded_module, read_stored, refuse_nonfinite
 from effllm.plans import Plan
 from effllm.site import norms_with_statistics
 from effllm.source import StoredModel
+from effllm.statistics.again import Seen
 from effllm.surgery import STATISTICS, refit_norms, refits_norms
+from effllm.train import encode_unit
 
 EXTRA, NORMS = "extra", "norms"
 
@@ -34,10 +35,10 @@ def shard_units(source: StoredModel, plan: Plan) -> list[str]:
 
 
 def unit_tensors(
-    source: StoredModel, plan: Plan, unit: str, members: dict[str, Members], found: Mapping[str, Moments],
+    source: StoredModel, plan: Plan, unit: str, members: dict[str, Members], seen: Seen | None,
     written: Callable[[str], dict[str, Tensor]],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What the shard of a unit holds, with `members` from `by_parameter` and `found`, the moments of sites that have some.
+    """What the shard of a unit holds, with `members` from `by_parameter` and `seen`, what came by at it, if anything.
 
     Statistics that are refitted have a shard of their own, made from the whole model as it is `written` in other shards.
     """
@@ -45,7 +46,7 @@ def unit_tensors(
         return _extra(source)
     if unit == NORMS:
         return _norms(source, plan, members, written)
-    tensors = _encode_unit(source, unit, members, found)
+    tensors = _encode_unit(source, unit, members, seen)
     if refits_norms(source.model, plan):
         stale = {f"{name}.{key}" for name in norms_with_statistics(source.model) for key in STATISTICS}
         return {name: tensor for name, tensor in tensors.items() if name not in stale}
@@ -71,19 +72,18 @@ def _extra(source: StoredModel) -> dict[str, Tensor]:
     return {key: source.raw(key) for key in source.unloaded}
 
 
-def _encode_unit(
-    source: StoredModel, unit: str, members: dict[str, Members], found: Mapping[str, Moments]
-) -> dict[str, Tensor]:
+def _encode_unit(source: StoredModel, unit: str, members: dict[str, Members], seen: Seen | None) -> dict[str, Tensor]:
     """Everything that the output stores of one unit, by module path."""
     tensors: dict[str, Tensor] = {}
     dense = source.model.state_dict().keys()
     with source.resident(unit):
+        own = {name: members[name] for name in source.units[unit] if name in members}
+        stored = encode_unit(source.model, own, seen)
         for name in source.units[unit]:
             owner, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(owner)
             if name in members:
-                stored = encode(source.model, members[name], found)
-                layer = encoded_module(module, members[name], stored).state_dict(prefix=f"{owner}.")
+                layer = encoded_module(module, members[name], stored[name]).state_dict(prefix=f"{owner}.")
                 tensors |= {key: tensor for key, tensor in layer.items() if key not in dense}
             else:
                 tensors[name] = getattr(module, leaf)

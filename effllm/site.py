@@ -65,11 +65,14 @@ class Site:
 
     def write(self, matrix: torch.Tensor, parameter: torch.Tensor, model: nn.Module) -> None:
         """The inverse of `matrix`: puts one `[rows, columns]` at its place in a tensor of the parameter's shape."""
+        (parameter if self.expert is None else parameter[self.expert]).copy_(self.arrange(matrix, model))
+
+    def arrange(self, matrix: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """A matrix `[rows, columns]` as the parameter, or as the expert in it, is laid out; differentiable."""
         module = model.get_submodule(self.parameter.rpartition(".")[0])
         if self.expert is not None:
-            parameter[self.expert] = matrix.t() if cast(Any, module).is_transposed else matrix
-        else:
-            parameter.copy_((matrix.t() if isinstance(module, Conv1D) else matrix).view_as(parameter))
+            return matrix.t() if cast(Any, module).is_transposed else matrix
+        return matrix.t() if isinstance(module, Conv1D) else matrix.view(cast(Any, module).weight.shape)
 
 
 def find_blocks(model: nn.Module) -> list[str]:

@@ -37,7 +37,6 @@ from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec, Score
-from effllm.moments import Moments
 from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
@@ -47,6 +46,7 @@ from effllm.shards import clear, shard_units, unit_tensors, write_shard
 from effllm.site import Site, unchanged, untied
 from effllm.source import Source, StoredModel, arithmetic
 from effllm.statistics import DRAWS
+from effllm.statistics.again import Seen
 from effllm.statistics.tap import WIDEST
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,8 @@ def compress_folder(
         check: measure KL and perplexity of the result; by default where the plan used data.
         device: where blocks are run and weights encoded.
         dtype: dtype of the arithmetic and of the tensors left as they are; the checkpoint's by default.
-        max_memory: refuse, before any work, a run that would need more bytes than this beside the libraries.
+        max_memory: refuse, before any work, a run that would need more bytes than this beside the libraries; by default half
+            of what is free, where the plan prices or solves.
         revision: hub revision.
         seed: seed of everything random.
 
@@ -124,11 +125,7 @@ def compress_folder(
     refuse_misfit(stored.model, stored.sites, wanted)
     refuse_default(wanted, stored.model)
     needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
-    if max_memory is not None and needed > max_memory:
-        raise EffllmError(
-            f"the run needs about {needed / 1e9:.2f} GB beside the libraries, more than the {max_memory / 1e9:.2f} GB of "
-            "--max-memory; fewer --samples, or a score without data (--score zd), need less"
-        )
+    _refuse_too_large(needed, max_memory, wanted)
     key = run.key(stored)
     if _finished(run, key, overwrite):
         RunJournal.remove(run.out)
@@ -206,6 +203,19 @@ def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtyp
         hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
         hidden *= settings.samples * width * lanes
     return 2 * max(blocks.values(), default=0) + hidden
+
+
+def _refuse_too_large(needed: int, max_memory: int | None, wanted: Plan) -> None:
+    if max_memory is None and not wanted.solves:
+        return
+    most = max_memory or psutil.virtual_memory().available // 2
+    if needed > most:
+        whose = "--max-memory" if max_memory else "half of what is free; give --max-memory to use more"
+        less = "--fast needs no data" if wanted.limited else "a score without data (--score zd) needs less"
+        raise EffllmError(
+            f"the run needs about {needed / 1e9:.2f} GB beside the libraries, more than the {most / 1e9:.2f} GB of {whose}; "
+            f"or fewer --samples; {less}"
+        )
 
 
 def _finished(run: Run, key: str, overwrite: bool) -> bool:
@@ -300,20 +310,20 @@ def _rewrite(
         model = priced.source.model if priced else source.model  # whose block is resident
         return {n: decode_stored(model, members[n], read_stored(members[n], tensors)) for n in names}
 
-    def visits(pending: list[str]) -> Iterator[tuple[str, dict[str, Moments]]]:
-        """Units with the moments of their sites, in the order in which they come by."""
-        seen = set()
+    def visits(pending: list[str]) -> Iterator[tuple[str, Seen | None]]:
+        """Units with what came by at them, in the order in which they come by."""
+        visited = set()
         if priced is not None and priced.prices is not None:
             if run.plan.inputs == "compressed":
                 again = priced.again(assigned, decoded)
             else:
                 left = {site.name for site in source.sites if {*pending} & {*source.units_of([site])}}
                 again = priced.again({name: codec for name, codec in assigned.items() if name in left}, None)
-            for unit, found in again:
-                if unit in pending:
-                    yield unit, found
-                    seen.add(unit)
-        yield from ((unit, {}) for unit in pending if unit not in seen)
+            for one in again:
+                if one.unit in pending:
+                    yield one.unit, one
+                    visited.add(one.unit)
+        yield from ((unit, None) for unit in pending if unit not in visited)
 
     waiting = False
     while True:
@@ -321,10 +331,10 @@ def _rewrite(
         pending = [unit for unit in units if unit not in done]
         if not pending:
             return [done[unit] for unit in units]
-        for unit, found in track(visits(pending), "rewrite", total=len(pending)):
+        for unit, seen in track(visits(pending), "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
-                    tensors = unit_tensors(source, run.plan, unit, members, found, written)
+                    tensors = unit_tensors(source, run.plan, unit, members, seen, written)
                     digest = write_shard(run.partial / files[unit], tensors)
                     checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
                     journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)

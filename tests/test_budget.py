@@ -81,6 +81,23 @@ def test_above_the_original_everything_stays_as_it_is(folder, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(effllm.load(tmp_path / "out").lm_head.weight, effllm.load(folder).lm_head.weight)
+    file = tmp_path / "plan.yaml"
+    file.write_text(effllm.plan(folder, plan(budget="1GB")).plan.to_yaml())
+    effllm.compress_folder(folder, tmp_path / "replayed", file, check=False)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in read_tensors(tmp_path / "replayed").items())
+
+
+@pytest.mark.parametrize("ram", ["4bpw", "0.5x"])
+def test_memory_to_run_in_is_bytes(ram):
+    with pytest.raises(UsageError, match="3GB or 800MB"):
+        load_plan("budget").override(spending={"ram": ram})
+
+
+def test_work_that_takes_more_than_half_of_what_is_free_is_refused_before_it_begins(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 4_000_000}))
+    with pytest.raises(EffllmError, match=r"half of what is free; give --max-memory"):
+        compressed(folder, tmp_path / "out")
+    effllm.compress_folder(folder, tmp_path / "out", plan(), check=False, max_memory=10**9)
 
 
 def test_fixed_excluded_and_grouped_layers(folder):

@@ -100,6 +100,13 @@ def test_the_command_says_how_many_layers_differ_and_when_none_does(run, folder,
     assert status == 0 and "give every layer the same" in " ".join(out.split())
 
 
+def test_what_is_done_differently_to_the_same_codecs_is_said(run, folder, tmp_path):
+    solved = load_plan("uniform-4bit").override(spending={"effort": "normal"})
+    (tmp_path / "solved.yaml").write_text(solved.to_yaml())
+    status, out, _ = run("uniform-4bit", tmp_path / "solved.yaml", "--model", folder)
+    assert status == 0 and "effort: fast -> normal" in out and "inputs" not in out
+
+
 def test_json_is_one_list_of_differences(run, folder):
     status, out, _ = run("uniform-4bit", "uniform-8bit", "--model", folder, "--json")
     rows = json.loads(out)

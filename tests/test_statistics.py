@@ -21,6 +21,7 @@ from effllm.moments import Metric, Moments
 from effllm.site import Site
 from effllm.source import LiveModel, StoredModel
 from effllm.statistics import DRAWS, Sums, Sweep, Tap, moments, share_experts, tap
+from effllm.statistics.tap import state_of
 
 PRICED = [name for name in FAMILIES if name not in ("siglip", "clip")]
 
@@ -141,16 +142,20 @@ def test_the_price_of_a_small_error_is_its_kl(name, tmp_path):
     assert float(logs.std()) < 0.8, ratios
 
 
+def assert_same(one: dict[str, list[Sums]], other: dict[str, list[Sums]]) -> None:
+    assert one.keys() == other.keys()
+    for name, uses in one.items():
+        kept, again = state_of(uses, whole=True), state_of(other[name], whole=True)
+        assert kept.keys() == again.keys() and all(torch.equal(kept[key], again[key]) for key in kept), name
+
+
 def test_a_stored_model_gives_the_moments_of_a_live_one(tmp_path):
     model = tiny_llama(initializer_range=0.1)
     folder = save(model, tmp_path / "model")
     batches = [{"input_ids": tokens_of()}]
     live = swept(Sweep(LiveModel(model, torch.float32), batches, tmp_path / "a"))
     stored = swept(Sweep(StoredModel(Checkpoint.open(folder), torch.float32), batches, tmp_path / "b"))
-    assert live.keys() == stored.keys()
-    for name, uses in live.items():
-        for one, other in zip(uses, stored[name], strict=True):
-            assert torch.equal(one.A, other.A) and torch.equal(one.rows, other.rows), name
+    assert_same(live, stored)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -165,10 +170,7 @@ def test_a_killed_sweep_goes_on_with_the_same_sums(tied, tmp_path):
             done.append(gate)
             found |= sums
             break
-    assert found.keys() == whole.keys()
-    for name, uses in whole.items():
-        for one, other in zip(uses, found[name], strict=True):
-            assert torch.equal(one.A, other.A) and torch.equal(one.rows, other.rows), name
+    assert_same(found, whole)
 
 
 def test_padding_does_not_count(tmp_path):
@@ -203,7 +205,7 @@ def test_a_full_disk_is_found_out_before_it_is_full(tmp_path, monkeypatch):
 
 def test_an_expert_that_no_token_reached_is_given_its_layers_average():
     reached, idle = (Site(f"experts.up_proj.{n}", (4, 3), "block", "layer", expert=n) for n in (0, 1))
-    sums = {reached.name: [Sums(reached, 1, False)]}
+    sums = {reached.name: [Sums(reached.shape, 1, False)]}
     sums[reached.name][0].add_product(torch.randn(10, 1, 3), [torch.randn(10, 4)])
     share_experts(sums, [reached, idle])
     one = moments(sums[idle.name], 20)
@@ -228,11 +230,11 @@ def test_patches_times_weight_is_the_convolution(groups, stride, padding, dilati
 def test_a_wide_input_has_a_metric_of_blocks(monkeypatch):
     site = Site("wide", (6, 40), "block", "layer")
     x, grads = torch.randn(50, 1, 40), [torch.randn(50, 6)]
-    full = Sums(site, 1, False)
+    full = Sums(site.shape, 1, False)
     full.add_product(x, grads)
     monkeypatch.setattr(tap, "WIDEST", 32)
     monkeypatch.setattr(tap, "WIDTH", 16)
-    blocks = Sums(site, 1, False)
+    blocks = Sums(site.shape, 1, False)
     blocks.add_product(x, grads)
     dense = Metric(blocks.A, 40).dense
     for start in range(0, 40, 16):

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,14 +23,13 @@ from effllm.data.inputs import folder_batches
 from effllm.data.text import text_identity
 from effllm.errors import UsageError
 from effllm.method import Codec
-from effllm.moments import Moments
 from effllm.plans import Plan, Step, select
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.report.progress import track
 from effllm.site import untied
 from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype
-from effllm.statistics.again import moments_again
+from effllm.statistics.again import Seen, moments_again
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +122,13 @@ class Priced:
 
     def again(
         self, assigned: Mapping[str, Codec], compressed: Callable[[str], dict[str, Tensor]] | None
-    ) -> Iterator[tuple[str, dict[str, Moments]]]:
-        """The moments of every compressed site, unit by unit; see `moments_again`."""
+    ) -> Iterator[Seen]:
+        """The moments of every compressed site, unit by unit, and what to learn from; see `moments_again`."""
         assert self.prices is not None
-        prices = self.prices
+        prices, learns = self.prices, self.plan.effort == "best"
         sites = [site for site in self.source.sites if site.name in assigned and prices.reached(site)]
-        labels, folder = prices.labels, prices.folder
-        return moments_again(self.source, self.batches, sites, lambda s: kept_sums(s, folder), labels, compressed)
+        kept = partial(kept_sums, folder=prices.folder)
+        return moments_again(self.source, self.batches, sites, kept, prices.labels, compressed, learns)
 
 
 def price_folder(plan: Plan, checkpoint: Checkpoint, device: str | torch.device = "cpu", seed: int = 0) -> Priced:

@@ -161,9 +161,10 @@ def _keep(sums: dict[str, list[Sums]], outside: set[str], folder: Path) -> None:
         write_tensors(folder / f"{name}.safetensors", state_of(uses, whole=name in outside))
 
 
-def kept_sums(site: Site, folder: Path) -> list[Sums]:
-    """What the sweep has kept of a site: its uses, of a look-up with the moments, of others with the token weights."""
-    return uses_of(site, read_tensors(folder / f"{site.name}.safetensors"))
+def kept_sums(name: str, columns: int, folder: Path) -> list[Sums]:
+    """What the sweep has kept of a weight of so many columns: its uses, of a look-up with the moments, of others with the
+    token weights. Or of the output of a block, which has no columns."""
+    return uses_of(columns, read_tensors(folder / f"{name}.safetensors"))
 
 
 def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool: Path) -> dict[str, float]:

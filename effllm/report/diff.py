@@ -41,20 +41,21 @@ class Difference:
 
 
 def diff(one: str | Path | Plan, other: str | Path | Plan, model: str | Path, revision: str | None = None,
-         seed: int = 0) -> list[Difference]:  # fmt: skip
+         device: str = "cpu", seed: int = 0) -> list[Difference]:  # fmt: skip
     """The sites of `model` to which the plans give different codecs, in model order.
 
     A plan with a budget is solved first. Losses are those of prices in the cache, where `effllm plan` or `compress` with the
-    same calibration data has put them; of a plan that rounds to nearest there are none.
+    same calibration data, device and seed has put them; of a plan that rounds to nearest there are none. How the codecs are
+    solved (`effort`, `inputs`, calibration) is not compared: see `settings_that_differ`.
 
     Raises:
         UsageError, EffllmError: see `load_plan` and `effllm.plan`; a plan that orders blocks, which only compressing does.
     """
     checkpoint = Checkpoint.open(resolve(model, revision))
     source = StoredModel(checkpoint)
-    plans = [_concrete(plan, model, revision, seed) for plan in (one, other)]
+    plans = [_concrete(plan, model, revision, device, seed) for plan in (one, other)]
     assigned = [plan.assign(source.sites, {}) for plan in plans]
-    prices = [_prices(plan, checkpoint, seed) for plan in plans]
+    prices = [_prices(plan, checkpoint, device, seed) for plan in plans]
     dense = source.dtype.itemsize
     found = []
     for site in source.sites:
@@ -65,19 +66,27 @@ def diff(one: str | Path | Plan, other: str | Path | Plan, model: str | Path, re
     return found
 
 
-def _concrete(plan: str | Path | Plan, model: str | Path, revision: str | None, seed: int) -> Plan:
+def settings_that_differ(one: str | Path | Plan, other: str | Path | Plan) -> list[str]:
+    """What two plans do differently to the same codecs, such as `effort: fast -> normal`."""
+    sides = [
+        load_plan(plan).model_dump(mode="json", include={"effort", "inputs", "calibration"}) for plan in (one, other)
+    ]
+    return [f"{key}: {value} -> {sides[1][key]}" for key, value in sides[0].items() if value != sides[1][key]]
+
+
+def _concrete(plan: str | Path | Plan, model: str | Path, revision: str | None, device: str, seed: int) -> Plan:
     wanted = load_plan(plan)
     if wanted.scores():
         raise UsageError(
             f"plan {wanted.name} orders blocks, which only compressing does: there is nothing to compare before"
         )
-    return describe(model, wanted, revision=revision, seed=seed).plan if wanted.limited else wanted
+    return describe(model, wanted, revision=revision, device=device, seed=seed).plan if wanted.limited else wanted
 
 
-def _prices(plan: Plan, checkpoint: Checkpoint, seed: int) -> Prices | None:
+def _prices(plan: Plan, checkpoint: Checkpoint, device: str, seed: int) -> Prices | None:
     if not plan.solves:
         return None
-    key = price_key(plan, checkpoint, torch.device("cpu"), seed)
+    key = price_key(plan, checkpoint, torch.device(device), seed)
     return cached_prices(cache(key), key)
 
 
@@ -90,9 +99,11 @@ def _side(site: Site, codec: Codec | None, prices: Prices | None, dense: int) ->
     return Side(codec.label(), 8 * nbytes / site.size, nbytes, loss)
 
 
-def show(found: list[Difference], names: tuple[str, str]) -> None:
-    """The differences as a table, and their sums."""
+def show(found: list[Difference], names: tuple[str, str], settings: list[str]) -> None:
+    """The differences as a table, and their sums; before them the `settings_that_differ`."""
     console = Console()
+    for line in settings:
+        console.print(line, highlight=False)
     if not found:
         console.print(f"{names[0]} and {names[1]} give every layer the same")
         return

@@ -274,8 +274,17 @@ class Sweep:
                 elif grad is not None and value.computed is not None:
                     torch.autograd.backward(value.computed, grad, retain_graph=True)
         tap.flush()
+        if gate in self.source.blocks and passing.leaves[0] is not None:
+            self._hear_output(gate, passing.leaves[0], tap)
         for _, leaf in pairs:
             leaf.grads.clear()
+
+    def _hear_output(self, gate: str, leaf: _Leaf, tap: Tap) -> None:
+        """Sums the gradients at the first tensor that a block returns, under the block's name."""
+        grads = [positions(grad).float() for grad in leaf.grads.values()]
+        if grads:
+            (use,) = tap.sums.setdefault(gate, [Sums((grads[0].shape[1], 0), 1, False)])
+            use.add_gradients(grads)
 
     def _save(self, processed: int) -> None:
         """Writes what a sweep needs that goes on behind the gates processed so far; the state before stays beside it."""
@@ -301,7 +310,7 @@ class Sweep:
                 name, number_of_use, part = rest.rsplit(".", 2)
                 tied.setdefault(name, {})[f"{number_of_use}.{part}"] = tensor
         sites = {site.name: site for site in self.source.sites}
-        self._tied = {name: uses_of(sites[name], parts) for name, parts in tied.items()}
+        self._tied = {name: uses_of(sites[name].shape[1], parts) for name, parts in tied.items()}
 
 
 def sites_behind(source: Source) -> list[Site]:
@@ -320,6 +329,11 @@ def counted(batch: Batch, shape: torch.Size) -> Tensor:
     if mask is None or mask.shape != shape:
         return torch.ones(shape, dtype=torch.bool).flatten()
     return mask.bool().flatten()
+
+
+def positions(hidden: Tensor) -> Tensor:
+    """`[positions, channels]` of a block's output: hidden states `[..., channels]` or maps `[images, channels, h, w]`."""
+    return (hidden.movedim(1, -1) if hidden.dim() == 4 else hidden).flatten(0, -2)
 
 
 def logits_of(result: Any) -> Tensor:

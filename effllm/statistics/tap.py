@@ -24,11 +24,14 @@ PRODUCTS: tuple[Any, ...] = (F.linear, torch.matmul, Tensor.matmul, Tensor.__mat
 
 
 class Sums:
-    """Sums over the tokens that one use of a weight has seen; all on the weight's device, in fp32."""
+    """Sums over the tokens that one use of a weight has seen; all on the weight's device, in fp32.
 
-    def __init__(self, site: Site, parts: int, is_lookup: bool):
-        rows, columns = site.shape
-        self.site, self.parts, self.is_lookup = site, parts, is_lookup
+    `shape` is the weight's, `[rows, columns]`; of what a block returns, `[channels, 0]`: there are gradients alone then.
+    """
+
+    def __init__(self, shape: tuple[int, int], parts: int, is_lookup: bool):
+        rows, columns = shape
+        self.columns, self.parts, self.is_lookup = columns, parts, is_lookup
         self.width = 1 if is_lookup else columns if columns <= WIDEST else WIDTH
         self.A: Tensor | None = None
         self.rows = torch.zeros(rows)
@@ -36,10 +39,14 @@ class Sums:
 
     def add_product(self, x: Tensor, grads: Sequence[Tensor]) -> None:
         """`x` `[tokens, parts, columns]` met the weight, and `grads` `[tokens, rows]` came back, one a draw."""
-        energy = sum(torch.linalg.vector_norm(g.view(len(g), self.parts, -1), dim=-1).square() for g in grads)
-        self.rows = self.rows.to(x.device) + torch.stack([g.square().sum(0) for g in grads]).sum(0)
+        self.add_inputs(x, self.add_gradients(grads))
+
+    def add_gradients(self, grads: Sequence[Tensor]) -> Tensor:
+        """`grads` `[tokens, rows]` came back, one a draw; returns their energy, `[tokens, parts]`."""
+        energy = torch.stack([g.view(len(g), self.parts, -1).square().sum(-1) for g in grads]).sum(0)
+        self.rows = self.rows.to(energy.device) + torch.stack([g.square().sum(0) for g in grads]).sum(0)
         self.energies.append(energy.cpu())
-        self.add_inputs(x, energy)
+        return energy
 
     def add_inputs(self, x: Tensor, energy: Tensor) -> None:
         """A += sum_t energy_t x_t x_t^T for `x` `[tokens, parts, columns]`, `energy` `[tokens, parts]`."""
@@ -63,7 +70,7 @@ class Sums:
         rows = self.rows + SMOOTHING if self.is_lookup else self.rows
         shares = rows.view(self.parts, -1)
         shares = shares / shares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return Moments(Metric(self.A / labels, self.site.shape[1]), shares.flatten())
+        return Moments(Metric(self.A / labels, self.columns), shares.flatten())
 
     def _state(self, whole: bool) -> dict[str, Tensor]:
         found = {"rows": self.rows, "parts": torch.tensor(self.parts)}
@@ -74,8 +81,8 @@ class Sums:
         return found
 
     @classmethod
-    def _from_state(cls, site: Site, state: dict[str, Tensor]) -> Sums:
-        sums = cls(site, int(state["parts"]), "energies" not in state)
+    def _from_state(cls, columns: int, state: dict[str, Tensor]) -> Sums:
+        sums = cls((len(state["rows"]), columns), int(state["parts"]), "energies" not in state)
         sums.rows, sums.A = state["rows"], state.get("A")
         sums.energies = [state["energies"]] if "energies" in state else []
         return sums
@@ -87,13 +94,13 @@ def state_of(uses: Sequence[Sums], whole: bool) -> dict[str, Tensor]:
     return {f"{number}.{key}": tensor for number, use in enumerate(uses) for key, tensor in use._state(whole).items()}
 
 
-def uses_of(site: Site, state: dict[str, Tensor]) -> list[Sums]:
-    """The inverse of `state_of`."""
+def uses_of(columns: int, state: dict[str, Tensor]) -> list[Sums]:
+    """The inverse of `state_of`, for a weight of so many columns."""
     parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         number, _, key = name.partition(".")
         parts.setdefault(int(number), {})[key] = tensor
-    return [Sums._from_state(site, parts[number]) for number in sorted(parts)]
+    return [Sums._from_state(columns, parts[number]) for number in sorted(parts)]
 
 
 def share_experts(sums: dict[str, list[Sums]], sites: Sequence[Site]) -> None:
@@ -110,7 +117,7 @@ def share_experts(sums: dict[str, list[Sums]], sites: Sequence[Site]) -> None:
         A = torch.stack([use.A for use in reached if use.A is not None]).sum(0) * (PSEUDO_TOKENS / tokens)
         rows = torch.stack([use.rows for use in reached]).sum(0) * (PSEUDO_TOKENS / tokens)
         for site in experts:
-            (use, *_) = sums.setdefault(site.name, [Sums(site, 1, False)])
+            (use, *_) = sums.setdefault(site.name, [Sums(site.shape, 1, False)])
             use.A = A.clone() if use.A is None else use.A + A
             use.rows = use.rows.to(rows.device) + rows
 
@@ -190,7 +197,7 @@ class Tap(TorchFunctionMode):
         uses = self.sums.setdefault(site.name, [])
         sums = next((sums for sums in uses if sums.is_lookup == is_lookup), None)
         if sums is None:
-            sums = Sums(site, parts, is_lookup)
+            sums = Sums(site.shape, parts, is_lookup)
             uses.append(sums)
         grads: list[Tensor] = []
         out.register_hook(lambda g: grads.append((rows or _flat)(g.detach()).float()))

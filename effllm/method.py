@@ -104,6 +104,10 @@ class Codec(Method):
         """`encode` of one weight by several codecs of this class. Override where they share work."""
         return [codec.encode(weight, moments) for codec in codecs]
 
+    def refine(self, data: dict[str, Tensor], weight: Tensor, moments: Moments) -> dict[str, Tensor]:
+        """What `encode` gave for `weight`, improved. For the option that was chosen: prices do without."""
+        return data
+
     @abstractmethod
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """The matrix `[rows, columns]`, in any float dtype, from what `encode` returned. Pure and deterministic."""

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_quantizers.reference import Reference
 from torch import Tensor
 
 from effllm.allocation.spending import Priced, price_folder
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.loading import load
-from effllm.measure.evaluate import compare
 from effllm.method import Codec
 from effllm.methods.lim import Lim
 from effllm.methods.quantize import Quantize
@@ -61,15 +61,17 @@ class Study:
         self.sites: list[Site] = [site for site in self.source.sites if site.name in self.priced.losses]
         everything = {site.name: SINGLE[4] for site in self.sites}
         self.moments: dict[str, Moments] = {}
-        for _, found in track(self.priced.again(everything, None), "moments"):
-            self.moments |= found
+        for seen in track(self.priced.again(everything, None), "moments"):
+            self.moments |= seen.moments
         self.original = load(folder, dtype=torch.float32)
         self.model = load(folder, dtype=torch.float32)
+        self.scratch = tempfile.TemporaryDirectory(prefix="effllm-allocation-")
+        self.reference = Reference(self.original, windows, Path(self.scratch.name) / "reference.safetensors", "own")
 
     def decoded(self, site: Site, codec: Codec) -> Tensor:
         """The weight of `site` after encoding, `[rows, columns]`."""
-        weight = site.matrix(self.original)
-        return codec.decode(codec.encode(weight, self.moments[site.name]), site.shape)
+        weight, found = site.matrix(self.original), self.moments[site.name]
+        return codec.decode(codec.refine(codec.encode(weight, found), weight, found), site.shape)
 
     def measured(self, assigned: dict[str, Codec]) -> dict[str, Any]:
         """Bits per weight, and KL on the held-out windows, of the model with these codecs."""
@@ -82,7 +84,7 @@ class Study:
             else:
                 target.copy_(self.original.get_parameter(site.parameter))
                 bits += 16 * site.size
-        figures = compare(self.model, self.windows, self.original).figures()
+        figures = self.reference.compare(self.model).figures()
         return {"bits_per_weight": bits / sum(site.size for site in self.sites), **figures}
 
     def predicted(self, assigned: dict[str, Codec], corrected: bool = True) -> float:

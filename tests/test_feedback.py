@@ -58,6 +58,37 @@ def test_rows_are_solved_on_their_own(group_size):
     assert_alike(*decoded, weight[index], found.of(index))
 
 
+@given(
+    st.integers(2, 8), st.sampled_from([16, 48, "row"]), st.booleans(), st.integers(8, 100), st.integers(1, 4),
+    st.sampled_from([1e-6, 1.0, 1e6]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_refining_never_costs_more(bits, group_size, symmetric, columns, rank, size):
+    codec = Quantize(bits=bits, group_size=group_size, symmetric=symmetric)
+    weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    A = size * correlated(columns, tokens=40 * rank)
+    found = Moments(Metric(A[None], columns), torch.ones(9))
+    damped = Moments(Metric(found.solving.damped[None], columns), torch.ones(9))
+    data = codec.encode(weight, found)
+    better = codec.refine(data, weight, found)
+    layouts = [{name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in (data, better)]
+    assert layouts[0] == layouts[1]
+    costs = [damped.costs(codec.decode(one, tuple(weight.shape)) - weight) for one in (data, better)]
+    assert (costs[1] <= costs[0] * 1.001 + 1e-6 * float(costs[0].max())).all()
+
+
+def test_refining_gains_most_at_two_bits():
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    found, gains = moments(correlated(96), 40), []
+    for bits in (2, 4):
+        codec = Quantize(bits=bits, group_size=32)
+        data = codec.encode(weight, found)
+        stored = (data, codec.refine(data, weight, found))
+        before, after = (float(found.costs(codec.decode(one, (40, 96)) - weight).sum()) for one in stored)
+        gains.append(1 - after / before)
+    assert gains[0] > gains[1] > 0.02, gains
+
+
 def test_several_options_together_are_what_each_is_alone():
     codecs = [
         Quantize(bits=b, group_size=g, symmetric=s) for b in (2, 5) for g in (32, 48, "row") for s in (True, False)
@@ -89,9 +120,11 @@ def test_no_metric_and_no_weight_breaks_it(A, weight):
         matrix = torch.zeros(8, 64)
         matrix[:, 5] = 1.0
     codec, found = Quantize(bits=4, group_size=32), moments(A, 8)
-    decoded = codec.decode(codec.encode(matrix, found), (8, 64))
-    assert torch.isfinite(decoded).all()
-    assert (decoded - matrix).abs().max() <= matrix.abs().max()
+    data = codec.encode(matrix, found)
+    for stored, most in ((data, 1.0), (codec.refine(data, matrix, found), 1.5)):
+        decoded = codec.decode(stored, (8, 64))
+        assert torch.isfinite(decoded).all()
+        assert (decoded - matrix).abs().max() <= most * matrix.abs().max()
 
 
 def test_a_diagonal_metric_is_rounding_to_nearest():

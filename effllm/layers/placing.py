@@ -54,9 +54,10 @@ def encode(model: nn.Module, members: Members, found: Mapping[str, Moments] = Ma
     for codec, sites in members.items():
         encoded = []
         for site in sites:
-            weight = site.matrix(model)
+            weight, moments = site.matrix(model), found.get(site.name)
             refuse_nonfinite(site.parameter, weight)
-            encoded.append(codec.encode(weight, found.get(site.name)))
+            data = codec.encode(weight, moments)
+            encoded.append(data if moments is None else codec.refine(data, weight, moments))
         single = sites[0].expert is None
         stored[codec] = encoded[0] if single else {key: torch.stack([e[key] for e in encoded]) for key in encoded[0]}
     return stored

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,33 +37,63 @@ def column_weights(metric: Metric) -> Tensor:
 def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
     """`weight` `[rows, columns]` on the grid of `snap`, fp32, with small e A e^T for the error e of every row."""
     order, factor = metric.factor
-    rounded = torch.empty(weight.shape, device=weight.device)
-    step = max(1, AT_ONCE // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    columns, rounded = order.tolist(), torch.empty(weight.shape, device=weight.device)
+    for rows in _portions(weight):
         left = weight[rows].float().t()[order].contiguous()
+
+        def step(place: int, rows: slice = rows, left: Tensor = left) -> Tensor:
+            values = snap(rows, columns[place], left[place])
+            error = torch.sub(left[place], values).div_(factor[place, place])
+            left[place] = values
+            return error
+
         with _threads_for(left.numel()):
-            _round(left, torch.empty_like(left), factor, order.tolist(), slice(0, len(left)), partial(snap, rows))
+            _sweep(left, torch.empty_like(left), factor, slice(0, len(left)), step)
         rounded[rows] = left[order.argsort()].t()
     return rounded
 
 
-def _round(
-    left: Tensor, errors: Tensor, factor: Tensor, order: list[int], span: slice, snap: Callable[[int, Tensor], Tensor]
-) -> None:
-    """Rounds the columns `span` of `left` `[columns, rows]` in place: one half, what it owes the other, and the other."""
+def descend(weight: Tensor, rounded: Tensor, metric: Metric, snap: Snap) -> Tensor:
+    """`rounded`, which approximates `weight`, with every column once more at its best value on the grid, given all others.
+
+    Coordinate descent: e A e^T never rises. Both are `[rows, columns]`, fp32.
+    """
+    order, _ = metric.factor
+    columns, A, found = order.tolist(), metric.damped[order][:, order], torch.empty_like(rounded)
+    for rows in _portions(weight):
+        now = rounded[rows].t()[order].contiguous()
+        slope = A @ (weight[rows].float().t()[order] - now)
+
+        def step(place: int, rows: slice = rows, now: Tensor = now, slope: Tensor = slope) -> Tensor:
+            values = snap(rows, columns[place], torch.add(now[place], slope[place], alpha=1 / float(A[place, place])))
+            change = values - now[place]
+            now[place] = values
+            return change
+
+        with _threads_for(now.numel()):
+            _sweep(slope, torch.empty_like(slope), A, slice(0, len(now)), step)
+        found[rows] = now[order.argsort()].t()
+    return found
+
+
+def _portions(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, AT_ONCE // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
+def _sweep(state: Tensor, changes: Tensor, coupling: Tensor, span: slice, step: Callable[[int], Tensor]) -> None:
+    """Takes `step` at the columns `span` of `state` `[columns, rows]`, in order; what each returns is taken off the later
+    ones, times their `coupling` `[columns, columns]`: one half, what it owes the other, and the other."""
     first, last = span.start, span.stop
     if last - first > COLUMNS:
         middle = (first + last) // 2
-        _round(left, errors, factor, order, slice(first, middle), snap)
-        left[middle:last].addmm_(factor[first:middle, middle:last].t(), errors[first:middle], alpha=-1)
-        _round(left, errors, factor, order, slice(middle, last), snap)
+        _sweep(state, changes, coupling, slice(first, middle), step)
+        state[middle:last].addmm_(coupling[first:middle, middle:last].t(), changes[first:middle], alpha=-1)
+        _sweep(state, changes, coupling, slice(middle, last), step)
         return
     for place in range(first, last):
-        values = snap(order[place], left[place])
-        torch.sub(left[place], values, out=errors[place]).div_(factor[place, place])
-        left[place + 1 : last].addr_(factor[place, place + 1 : last], errors[place], alpha=-1)
-        left[place] = values
+        changes[place] = step(place)
+        state[place + 1 : last].addr_(coupling[place, place + 1 : last], changes[place], alpha=-1)
 
 
 @contextlib.contextmanager

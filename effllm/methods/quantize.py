@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effllm.method import Codec, Learnable
 from effllm.methods._by_rows import encode_by_rows, linear_by_rows
-from effllm.methods._feedback import column_weights, round_with_feedback
+from effllm.methods._feedback import column_weights, descend, round_with_feedback
 from effllm.packing import pack, unpack
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratch tensor, both fp32, fit a core's cache
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
+ROUNDS = 2  # of fitting scales to codes and codes to scales
+FITTED = 1 << 24  # numbers in memory for it
+RIDGE = 1e-3  # of the diagonal, against groups that can hardly be told apart
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
 
@@ -64,15 +67,37 @@ class Quantize(Codec):
             return _solve([self], weight, moments.solving)[0]
         return encode_by_rows(self._encode_rows, weight, ENCODE_CHUNK)
 
+    def refine(self, data: dict[str, Tensor], weight: Tensor, moments: Moments) -> dict[str, Tensor]:
+        """Scales fitted to the codes, then codes to the scales, a few times over."""
+        if self.group_size == "tensor":
+            return data
+        (rows, columns), metric = weight.shape, moments.solving
+        size, groups = self._groups(columns)
+        scale, zero = data["scale"].float(), self._zeros(data, rows, groups)
+        top = 2**self.bits - 1 - zero
+
+        def spread(x: Tensor) -> Tensor:
+            return x.repeat_interleave(size, 1)[:, :columns]
+
+        def snap(part: slice, column: int, values: Tensor) -> Tensor:
+            group = column // size
+            own = scale[part, group]
+            steps = torch.minimum(torch.maximum((values / own).round_(), -zero[part, group]), top[part, group])
+            return steps.mul_(own)
+
+        steps = unpack(data["codes"], self.bits, columns).float() - spread(zero)
+        for _ in range(ROUNDS):
+            scale = _refit(weight, steps, scale, metric, size)
+            spacing = spread(scale)
+            steps = descend(weight, steps * spacing, metric, snap).div_(spacing).round_()
+        return self._stored((steps + spread(zero)).to(torch.uint8), scale.unsqueeze(-1), zero.unsqueeze(-1))
+
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         rows, columns = (1, math.prod(shape)) if self.group_size == "tensor" else shape
         size, groups = self._groups(columns)
         codes = F.pad(unpack(data["codes"], self.bits, columns), (0, groups * size - columns))
-        codes = codes.reshape(rows, groups, size).float()
-        zero: float | Tensor = 2 ** (self.bits - 1)
-        if not self.symmetric:
-            zero = unpack(data["zero"], self.bits, groups).unsqueeze(-1).float()
-        return codes.sub_(zero).mul_(data["scale"].unsqueeze(-1)).view(rows, -1)[:, :columns].reshape(shape)
+        steps = codes.reshape(rows, groups, size).float().sub_(self._zeros(data, rows, groups).unsqueeze(-1))
+        return steps.mul_(data["scale"].unsqueeze(-1)).view(rows, -1)[:, :columns].reshape(shape)
 
     def decode_rows(self, data: dict[str, Tensor], index: Tensor | slice, shape: tuple[int, int]) -> Tensor:
         if self.group_size == "tensor":
@@ -87,6 +112,12 @@ class Quantize(Codec):
 
     def learnable(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Learnable | None:
         return None if self.group_size == "tensor" else _Learnable(self, data, shape)
+
+    def _zeros(self, data: dict[str, Tensor], rows: int, groups: int) -> Tensor:
+        """The zero point of every group, fp32 `[rows, groups]`."""
+        if self.symmetric:
+            return torch.full((rows, groups), 2.0 ** (self.bits - 1), device=data["codes"].device)
+        return unpack(data["zero"], self.bits, groups).float()
 
     def _groups(self, columns: int) -> tuple[int, int]:
         size = columns if isinstance(self.group_size, str) else min(self.group_size, columns)
@@ -191,6 +222,35 @@ def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[d
     return stored
 
 
+def _refit(weight: Tensor, steps: Tensor, scale: Tensor, metric: Metric, size: int) -> Tensor:
+    """The scales `[rows, groups]` with the least e A e^T for each row's `steps` `[rows, columns]`: least squares, from
+    `scale` on. Rows that rounding to fp16 makes worse stay."""
+    (rows, groups), columns, A = scale.shape, weight.shape[1], metric.damped
+    found = torch.empty_like(scale)
+
+    def by_group(x: Tensor) -> Tensor:
+        return F.pad(x, (0, groups * size - columns)).view(len(x), groups, size).sum(-1)
+
+    for part in torch.arange(rows, device=weight.device).split(max(1, FITTED // (groups * groups + columns))):
+        own, first = steps[part], scale[part]
+        wanted = by_group(weight[part].float() @ A * own)
+        normal = torch.empty(len(part), groups, groups, device=A.device)
+        for group in range(groups):
+            run = slice(group * size, (group + 1) * size)
+            normal[:, :, group] = by_group(own[:, run] @ A[run] * own)
+        diagonal = normal.diagonal(dim1=1, dim2=2)
+        ridge = RIDGE * diagonal + torch.finfo(torch.float32).tiny
+        ridge = torch.where(diagonal > 0, ridge, ridge.new_tensor(1.0))
+        missing = wanted - (normal @ first.unsqueeze(-1)).squeeze(-1)
+        change = torch.linalg.solve(normal + torch.diag_embed(ridge), missing)
+        second = (first + change).half().float()
+        second = torch.where(second.isfinite() & (second != 0), second, first)
+        change = second - first
+        gain = (change * (2 * missing - (normal @ change.unsqueeze(-1)).squeeze(-1))).sum(1, keepdim=True)
+        found[part] = torch.where(gain > 0, second, first)
+    return found
+
+
 class _Learnable(Learnable):
     """Codes and scales that learn; zero points stay.
 
@@ -203,11 +263,8 @@ class _Learnable(Learnable):
         self.codec, self.shape = codec, shape
         size, groups = codec._groups(shape[1])
         codes = F.pad(unpack(data["codes"], codec.bits, shape[1]), (0, groups * size - shape[1]))
-        zero = torch.full((shape[0], groups, 1), 2.0 ** (codec.bits - 1), device=codes.device)
-        if not codec.symmetric:
-            zero = unpack(data["zero"], codec.bits, groups).unsqueeze(-1).float()
-        self.zero, self.scale = zero, data["scale"].unsqueeze(-1).float()
-        self.steps = nn.Parameter(codes.view(shape[0], groups, size).float() - zero)
+        self.zero, self.scale = codec._zeros(data, shape[0], groups).unsqueeze(-1), data["scale"].unsqueeze(-1).float()
+        self.steps = nn.Parameter(codes.view(shape[0], groups, size).float() - self.zero)
         self.stretch = nn.Parameter(torch.zeros_like(self.scale))
 
     def forward(self) -> Tensor:

@@ -58,6 +58,8 @@ class _Forward:
     number: int
     work: Callable[[], Any]
     grad: bool
+    cast: torch.dtype | None
+    """What its products are cast to on a CPU, as in the thread that walks."""
     at: str | None = None
     """The gate where it waits; None once it has ended."""
     call: Call | None = None
@@ -106,7 +108,7 @@ class _Forward:
     def _run(self) -> None:
         _running.forward = self
         try:
-            with torch.set_grad_enabled(self.grad):
+            with torch.set_grad_enabled(self.grad), torch.autocast("cpu", self.cast, self.cast is not None):
                 self.work()
         except _Cancelled:
             pass
@@ -139,7 +141,8 @@ def lockstep(
         for gate, module in modules.items():
             module.forward = _gated(gate, module.forward)
         for number, work in enumerate(forwards):
-            running.append(_Forward(number, work, grad))
+            cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            running.append(_Forward(number, work, grad, cast))
             running[-1].start()
         while waiting := [forward for forward in running if forward.at]:
             gate = str(waiting[0].at)

@@ -107,7 +107,7 @@ class Sweep:
             if done:
                 self._resume(len(done))
             elif behind:
-                with self.source.resident(*self.source.units_of(behind)):
+                with self.source.resident(*self.source.units_of(behind)), self._in_half(behind):
                     tap = Tap(model, behind)
                     for number in track(range(len(results)), "statistics: head", total=len(results)):
                         self._head(number, results, tap)
@@ -127,6 +127,13 @@ class Sweep:
             with self.source.resident(*self.source.units_of(tied)):
                 yield TIED, self._tied
 
+    def _in_half(self, sites: Sequence[Site]) -> contextlib.AbstractContextManager[None]:
+        """Weights in the dtype in which they are multiplied: a large head would be cast for every few tokens."""
+        with self.source.quickly():
+            half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        names = {site.parameter for site in sites} if half else set()
+        return self.source.changed({name: self.source.model.get_parameter(name).to(half) for name in names}, cast=False)
+
     def _forward(self, results: list[Any], whole: bool) -> Arrivals:
         """Each arrival at a gate, in order, with its passings."""
         outside = [name for site in self.source.sites if site.block is None for name in (site.name, *site.tied)]
@@ -134,11 +141,12 @@ class Sweep:
         gates = [name for name in outside if self.source.model.get_submodule(name) in walked]
         walk = self.source.walk(self.batches, gates, grad=True, results=results, whole=whole)
         arrivals: Arrivals = []
-        for gate, calls in track(walk, "statistics: forward"):
-            before = self.spool.nbytes
-            arrivals.append((gate, [self._pass(gate, call) for call in calls]))
-            if self.spool.nbytes and not before:  # the first hidden states: those of all other blocks are as many
-                self.spool.require(self.spool.nbytes * (len(self.source.blocks) - 1))
+        with self.source.quickly():
+            for gate, calls in track(walk, "statistics: forward"):
+                before = self.spool.nbytes
+                arrivals.append((gate, [self._pass(gate, call) for call in calls]))
+                if self.spool.nbytes and not before:  # the first hidden states: those of all other blocks are as many
+                    self.spool.require(self.spool.nbytes * (len(self.source.blocks) - 1))
         return arrivals
 
     def _pass(self, gate: str, call: Call) -> _Passing:
@@ -192,7 +200,7 @@ class Sweep:
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             given = states[part].unsqueeze(0).requires_grad_()
-            with torch.enable_grad(), tap:
+            with torch.enable_grad(), source.quickly(), tap:
                 logits = head_logits(source, batch, type(result), given)
             for draw, label in enumerate(self._labels(logits, mask[part], number, start)):
                 grads[draw][part] = torch.autograd.grad(logits, given, label, retain_graph=draw < DRAWS - 1)[0][0]
@@ -216,9 +224,9 @@ class Sweep:
         drawn = torch.multinomial(chances, DRAWS, replacement=True, generator=generator)
         mask = mask.to(chances.device).unsqueeze(1)
         self.tokens += int(mask.sum())
+        chances, one = chances.mul_(mask).to(logits.dtype), mask.to(logits.dtype)
         for draw in range(DRAWS):
-            grad = chances.scatter_add(1, drawn[:, draw : draw + 1], torch.full_like(chances[:, :1], -1))
-            yield grad.mul_(mask).view_as(logits).to(logits.dtype)
+            yield chances.scatter_add(1, drawn[:, draw : draw + 1], -one).view_as(logits)
 
     def _backward(self, arrivals: Arrivals, done: Sequence[str]) -> Iterator[tuple[str, dict[str, list[Sums]]]]:
         first = {gate: number for number, (gate, _) in reversed(list(enumerate(arrivals)))}
@@ -257,7 +265,7 @@ class Sweep:
         for place, value in inputs:
             arguments[place] = self.spool.read(value.file, self.source.device).requires_grad_()
         args, kwargs = tree_unflatten(arguments, passing.spec)
-        with torch.enable_grad(), experts_one_by_one(module), tap:
+        with torch.enable_grad(), self.source.quickly(), experts_one_by_one(module), tap:
             outputs, _ = tree_flatten(module(*args, **kwargs))
         pairs = [(out, leaf) for out, leaf in zip(outputs, passing.leaves, strict=True) if leaf and out.requires_grad]
         for draw in range(DRAWS):

@@ -43,8 +43,12 @@ class Sums:
 
     def add_gradients(self, grads: Sequence[Tensor]) -> Tensor:
         """`grads` `[tokens, rows]` came back, one a draw; returns their energy, `[tokens, parts]`."""
-        energy = torch.stack([g.view(len(g), self.parts, -1).square().sum(-1) for g in grads]).sum(0)
-        self.rows = self.rows.to(energy.device) + torch.stack([g.square().sum(0) for g in grads]).sum(0)
+        energy = torch.zeros(len(grads[0]), self.parts, device=grads[0].device)
+        self.rows = self.rows.to(energy.device)
+        for grad in grads:
+            squares = grad.square()
+            energy += squares.view(len(grad), self.parts, -1).sum(-1)
+            self.rows += squares.sum(0)
         self.energies.append(energy.cpu())
         return energy
 

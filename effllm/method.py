@@ -59,22 +59,6 @@ class Method(BaseModel, ABC):
         return self.name() + (":" + ",".join(f"{key}={values[key]}" for key in shown) if shown else "")
 
 
-class Learnable(nn.Module, ABC):
-    """A stored weight while it is learnt: parameters that `forward` makes the matrix of, as it will be decoded."""
-
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """The matrix `[rows, columns]`, fp32, differentiable in the parameters."""
-
-    @abstractmethod
-    def rates(self) -> dict[str, float]:
-        """Parameter -> how far it may go in all where every step goes the same way, in its own unit."""
-
-    @abstractmethod
-    def stored(self) -> dict[str, Tensor]:
-        """What the codec stores for the matrix as it is now; the layout of `Codec.encode`."""
-
-
 class Codec(Method):
     """A weight as fewer bytes.
 
@@ -82,6 +66,9 @@ class Codec(Method):
     (also of GPT-2's Conv1D, which holds it transposed) or of one expert of a mixture, `[out, in / groups * kernel]` of a
     convolution, and `[entries, width]` of an Embedding.
     """
+
+    trainable: ClassVar[tuple[str, ...]] = ()
+    """Stored float tensors, in which `decode` is differentiable, that training may change."""
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
@@ -119,10 +106,6 @@ class Codec(Method):
     def linear(self, x: Tensor, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """`x @ W.T` for x `[..., columns]`, in x's dtype. Override where a faster or leaner way exists."""
         return F.linear(x, self.decode(data, shape).to(x.dtype))
-
-    def learnable(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Learnable | None:
-        """What training can change of a stored weight, beginning where it stands; None where there is nothing."""
-        return None
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         """Name -> (shape, dtype) of everything that `encode` stores for a matrix of this shape."""

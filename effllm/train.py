@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from effllm.layers.placing import Members, Stored, decode_stored, encode
-from effllm.method import Codec, Learnable
-from effllm.site import Site
+from effllm.method import Codec
 from effllm.source import evaluating
 from effllm.statistics.again import Seen
 from effllm.statistics.sweep import positions
 
 logger = logging.getLogger(__name__)
 STEPS = 100
+RATE = 0.2
 HELD_OUT = 8  # one of so many examples is not learnt from: they tell whether what was learnt is kept
 Loss = Callable[[int], Tensor]
 """The loss of an example."""
 
 
 def learn(
-    module: nn.Module, rates: Mapping[str, float], loss: Loss, examples: int, steps: int = STEPS, seed: int = 0
+    parameters: Sequence[nn.Parameter], loss: Loss, examples: int, rate: float = RATE, steps: int = STEPS, seed: int = 0
 ) -> tuple[float, float]:
-    """Trains parameters of `module` by Adam, at a rate that falls to zero; the held-out loss before and after.
+    """Trains `parameters` by Adam, at a rate that falls to zero; returns the held-out loss before and after.
 
-    `rates` says of each parameter how far it may go over all steps. Where the held-out loss has not fallen, all parameters
-    are what they were.
+    `rate` is how far a parameter may go over all steps. Where the held-out loss has not fallen, all are what they were.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(examples, generator=generator).tolist()
     held = order[: -(-examples // HELD_OUT)]
     seen = order[len(held) :] or held
-    parameters = {name: module.get_parameter(name) for name in rates}
-    first = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    groups = [{"params": [parameters[name]], "lr": 2 * rate / steps} for name, rate in rates.items()]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    first = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.Adam(parameters, 2 * rate / steps, betas=(0.9, 0.95))
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     before = _mean(loss, held)
     for _ in range(steps):
@@ -51,8 +47,8 @@ def learn(
     if after < before:
         return before, after
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(first[name])
+        for parameter, value in zip(parameters, first, strict=True):
+            parameter.copy_(value)
     return before, before
 
 
@@ -71,81 +67,75 @@ def encode_unit(model: nn.Module, members: Mapping[str, Members], seen: Seen | N
     return learn_block(seen, members, stored) if seen is not None and seen.examples else stored
 
 
-def learn_block(
-    seen: Seen, members: Mapping[str, Members], stored: dict[str, Stored], steps: int = STEPS
-) -> dict[str, Stored]:
+def learn_block(seen: Seen, members: Mapping[str, Members], stored: dict[str, Stored]) -> dict[str, Stored]:
     """What is stored for the parameters of a block, learnt so that the block returns what it should.
 
     The loss is the expected KL of the error in the block's output, nats per token: 1/2 sum_t g_t sum_c r_c e_tc^2, with the
-    gradients' energy g_t of a token and the share r_c of a channel. Learnt are rounding and ranges, or whatever a codec's
-    `learnable` offers, of all weights together. (After BRECQ, Li et al., arXiv 2102.05426, section 3.3.)
+    gradients' energy g_t of a token and the share r_c of a channel. Learnt is what codecs declare `trainable`, of all
+    weights together. (Blocks are the units of BRECQ, Li et al., arXiv 2102.05426, section 3.3. Rounding is not learnt: from
+    codes that are solved in the metric, gradients straight through it found nothing better.)
     """
-    module = seen.model.get_submodule(seen.unit)
-    learnt = _Block(seen.model, seen.unit, members, stored)
-    rates, channels = learnt.rates(), seen.channels
-    if not rates or channels is None:
+    learnt, channels = _Learnt(seen, members, stored), seen.channels
+    if not learnt.parameters or channels is None:
         return stored
 
     def loss(number: int) -> Tensor:
         example = seen.examples[number]
         output = functional_call(module, learnt.weights(), example.args, example.kwargs)
         squares = (positions(output[0] if isinstance(output, tuple) else output) - example.target).float().square()
-        return 0.5 * (squares @ channels.to(squares.device) * example.cost.to(squares.device)).sum() / len(squares)
+        costs = (squares * channels.to(squares.device)).sum(1) * example.cost.to(squares.device)
+        return 0.5 * costs.mean()
 
-    with evaluating(module), torch.enable_grad():
-        before, after = learn(learnt, rates, loss, len(seen.examples), steps)
+    module = seen.source.model.get_submodule(seen.unit)
+    with evaluating(module), torch.enable_grad(), seen.source.quickly():
+        before, after = learn(learnt.parameters, loss, len(seen.examples), steps=STEPS)
     logger.info("%s: expected KL of its output %.5f, learnt %.5f", seen.unit, before, after)
     return learnt.stored()
 
 
-class _Block(nn.Module):
-    """The stored weights of a block while they are learnt; `members` and `stored` as `by_parameter` and `encode` give."""
+class _Learnt:
+    """The stored weights of a block while they are learnt; `members` and `stored` as `by_parameter` and `encode` give.
 
-    def __init__(self, model: nn.Module, block: str, members: Mapping[str, Members], stored: Mapping[str, Stored]):
-        super().__init__()
-        self._model, self._prefix, self._given = [model], f"{block}.", stored
-        self._dense = {name: decode_stored(model, members[name], stored[name]) for name in members}
-        self._places: list[tuple[str, Codec, int, Site]] = []
-        self.learnt = nn.ModuleList()
+    A parameter is a change of a stored tensor, in units of the mean size of its row.
+    """
+
+    def __init__(self, seen: Seen, members: Mapping[str, Members], stored: Mapping[str, Stored]):
+        self._seen, self._members, self._given = seen, members, stored
+        self._changes: dict[tuple[str, Codec, str], nn.Parameter] = {}
+        self._dense: dict[str, Tensor] = {}
         for name, codecs in members.items():
-            for codec, sites in codecs.items():
-                for number, site in enumerate(sites):
-                    one = codec.learnable(_of(stored[name][codec], site, number), site.shape)
-                    if one is not None:
-                        self.learnt.append(one)
-                        self._places.append((name, codec, number, site))
-
-    def rates(self) -> dict[str, float]:
-        """Of every parameter, how far it may go."""
-        found = enumerate(self.learnt)
-        return {f"learnt.{n}.{key}": rate for n, one in found for key, rate in cast(Learnable, one).rates().items()}
+            for codec in codecs:
+                for key in codec.trainable:
+                    self._changes[name, codec, key] = nn.Parameter(
+                        torch.zeros_like(stored[name][codec][key], dtype=torch.float32)
+                    )
+            if not any(codec.trainable for codec in codecs):
+                self._dense[name] = decode_stored(seen.source.model, codecs, stored[name])
+        self.parameters = list(self._changes.values())
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters of the block, by their names in it, as they are decoded."""
-        (model,) = self._model
-        found = dict(self._dense)
-        experts: dict[str, list[Tensor]] = {}
-        for one, (name, _, _, site) in zip(self.learnt, self._places, strict=True):
-            matrix = site.arrange(one(), model).to(found[name].dtype)
-            if site.expert is None:
-                found[name] = matrix
-            else:
-                experts.setdefault(name, list(found[name].unbind()))[site.expert] = matrix
-        found |= {name: torch.stack(matrices) for name, matrices in experts.items()}
-        return {name.removeprefix(self._prefix): tensor for name, tensor in found.items()}
+        changed = {
+            name: decode_stored(self._seen.source.model, self._members[name], now) for name, now in self._now().items()
+        }
+        return {name.removeprefix(f"{self._seen.unit}."): tensor for name, tensor in (self._dense | changed).items()}
 
+    @torch.no_grad()
     def stored(self) -> dict[str, Stored]:
-        """What is stored now, as it was given."""
-        found = {name: dict(codecs) for name, codecs in self._given.items()}
-        for one, (name, codec, number, site) in zip(self.learnt, self._places, strict=True):
-            data = cast(Learnable, one).stored()
-            if site.expert is not None:
-                place = torch.tensor([number], device=next(iter(data.values())).device)
-                stacked = found[name][codec].items()
-                data = {key: tensor.index_copy(0, place, data[key].unsqueeze(0)) for key, tensor in stacked}
-            found[name][codec] = data
+        """What is stored now."""
+        dtypes = {(name, codec): tensors for name, codecs in self._given.items() for codec, tensors in codecs.items()}
+        return dict(self._given) | {
+            name: {
+                codec: {key: t.to(dtypes[name, codec][key].dtype) for key, t in data.items()}
+                for codec, data in now.items()
+            }
+            for name, now in self._now().items()
+        }
+
+    def _now(self) -> dict[str, Stored]:
+        """The stored tensors of parameters that change, in fp32 where they do."""
+        found = {name: {codec: dict(data) for codec, data in self._given[name].items()} for name, *_ in self._changes}
+        for (name, codec, key), change in self._changes.items():
+            first = found[name][codec][key].float()
+            found[name][codec][key] = first + change * first.abs().mean(-1, keepdim=True)
         return found
-
-
-def _of(data: dict[str, Tensor], site: Site, number: int) -> dict[str, Tensor]:
-    return data if site.expert is None else {key: tensor[number] for key, tensor in data.items()}

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import effllm
 from effllm.method import Codec, Score, from_spec, methods
+from effllm.moments import Metric, Moments
 from effllm.site import find_sites
 from effllm.source import LiveModel
 
@@ -91,6 +92,35 @@ def test_rows_and_products_agree_with_decode(name):
         index = torch.tensor([3, 0, 3, site.shape[0] - 1])
         assert torch.equal(codec.decode_rows(data, index, site.shape), decoded[index])
         torch.testing.assert_close(codec.linear(x, data, site.shape), x @ decoded.float().t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_solves_a_metric_keeps_the_layout_and_gains_by_refining(name):
+    model = tiny_llama()
+    site = find_sites(model)[1]
+    weight = site.matrix(model).float()
+    x = torch.randn(300, site.shape[1]) @ torch.randn(site.shape[1], site.shape[1])
+    found = Moments(Metric((x.t() @ x / 300)[None], site.shape[1]), torch.ones(site.shape[0]))
+    for codec in options(name, site):
+        data = codec.encode(weight, found)
+        refined = codec.refine(data, weight, found)
+        for stored in (data, refined):
+            assert {key: (tuple(t.shape), t.dtype) for key, t in stored.items()} == codec.layout(site.shape)
+        costs = [found.costs(codec.decode(stored, site.shape) - weight).sum() for stored in (data, refined)]
+        assert costs[1] <= 1.01 * costs[0], codec.label()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_trainable_takes_gradients(name):
+    model = tiny_llama()
+    site = find_sites(model)[1]
+    codec = options(name, site)[0]
+    data = codec.encode(site.matrix(model).float())
+    for key in codec.trainable:
+        assert data[key].is_floating_point()
+        trained = data[key].float().requires_grad_()
+        codec.decode({**data, key: trained}, site.shape).square().sum().backward()
+        assert trained.grad is not None and trained.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", CODECS)

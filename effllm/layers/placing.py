@@ -63,17 +63,17 @@ def encode(model: nn.Module, members: Members, found: Mapping[str, Moments] = Ma
     return stored
 
 
-@torch.no_grad()
 def decode_stored(model: nn.Module, members: Members, stored: Stored) -> Tensor:
-    """The parameter as a dense tensor again, from what `encode` gives."""
+    """The parameter as a dense tensor again, from what `encode` gives; differentiable in what is trained of that."""
     (site, *_), *_ = members.values()
-    dense = model.get_parameter(site.parameter).detach().clone()
+    dense = model.get_parameter(site.parameter).detach()
+    experts = list(dense.unbind()) if site.expert is not None else [dense]
     for codec, sites in members.items():
         for place, one in enumerate(sites):
             data = stored[codec]
             mine = data if one.expert is None else {name: tensor[place] for name, tensor in data.items()}
-            one.write(codec.decode(mine, one.shape).to(dense), dense, model)
-    return dense
+            experts[one.expert or 0] = one.arrange(codec.decode(mine, one.shape).to(dense), model)
+    return torch.stack(experts) if site.expert is not None else experts[0].contiguous()
 
 
 def read_stored(members: Members, tensors: Mapping[str, Tensor]) -> Stored:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from effllm.method import Codec, Learnable
+from effllm.method import Codec
 from effllm.methods._by_rows import encode_by_rows, linear_by_rows
 from effllm.methods._feedback import column_weights, descend, round_with_feedback
 from effllm.packing import pack, unpack
@@ -50,6 +50,7 @@ class Quantize(Codec):
     """
 
     paper: ClassVar[str] = "arXiv 1806.08342"
+    trainable: ClassVar[tuple[str, ...]] = ("scale",)
     bits: Annotated[int, Field(ge=2, le=8, description="width of a code, 2 to 8")] = 4
     group_size: Annotated[int, Field(ge=8)] | Literal["row", "tensor"] = 64
     symmetric: bool = False
@@ -109,9 +110,6 @@ class Quantize(Codec):
         if torch.compiler.is_compiling() or self.group_size == "tensor":
             return super().linear(x, data, shape)
         return linear_by_rows(self, x, data, shape)
-
-    def learnable(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Learnable | None:
-        return None if self.group_size == "tensor" else _Learnable(self, data, shape)
 
     def _zeros(self, data: dict[str, Tensor], rows: int, groups: int) -> Tensor:
         """The zero point of every group, fp32 `[rows, groups]`."""
@@ -249,37 +247,3 @@ def _refit(weight: Tensor, steps: Tensor, scale: Tensor, metric: Metric, size: i
         gain = (change * (2 * missing - (normal @ change.unsqueeze(-1)).squeeze(-1))).sum(1, keepdim=True)
         found[part] = torch.where(gain > 0, second, first)
     return found
-
-
-class _Learnable(Learnable):
-    """Codes and scales that learn; zero points stay.
-
-    Rounding passes gradients straight through. A code begins in the middle of its step, so that it changes where gradients
-    agree. (After SignRound, Cheng et al., arXiv 2309.05516, which begins at rounding to nearest.)
-    """
-
-    def __init__(self, codec: Quantize, data: dict[str, Tensor], shape: tuple[int, int]):
-        super().__init__()
-        self.codec, self.shape = codec, shape
-        size, groups = codec._groups(shape[1])
-        codes = F.pad(unpack(data["codes"], codec.bits, shape[1]), (0, groups * size - shape[1]))
-        self.zero, self.scale = codec._zeros(data, shape[0], groups).unsqueeze(-1), data["scale"].unsqueeze(-1).float()
-        self.steps = nn.Parameter(codes.view(shape[0], groups, size).float() - self.zero)
-        self.stretch = nn.Parameter(torch.zeros_like(self.scale))
-
-    def forward(self) -> Tensor:
-        scale = self.scale * (1 + self.stretch)
-        steps = self.steps + (self._rounded() - self.steps).detach()
-        return (steps * scale).flatten(1)[:, : self.shape[1]]
-
-    def rates(self) -> dict[str, float]:
-        return {"steps": 1.0, "stretch": 0.1}
-
-    @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
-        codes = (self._rounded() + self.zero).to(torch.uint8).flatten(1)[:, : self.shape[1]]
-        return self.codec._stored(codes, self.scale * (1 + self.stretch), self.zero)
-
-    def _rounded(self) -> Tensor:
-        top = 2**self.codec.bits - 1 - self.zero
-        return torch.minimum(torch.maximum(self.steps.detach().round(), -self.zero), top)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effllm.moments import Moments
 from effllm.site import Site
@@ -35,9 +35,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Seen:
-    """What came by at a unit of `model`."""
+    """What came by at a unit of `source`, whose weights are resident."""
 
-    model: nn.Module
+    source: Source
     unit: str
     moments: dict[str, Moments]
     examples: Sequence[Example] = ()
@@ -61,7 +61,7 @@ def moments_again(
     outside = [site for site in sites if site.block is None]
     for unit in source.units_of(outside):
         members = [site for site in outside if site.parameter in source.units[unit]]
-        yield Seen(source.model, unit, moments_of({s.name: kept(s.name, s.shape[1]) for s in members}, labels))
+        yield Seen(source, unit, moments_of({s.name: kept(s.name, s.shape[1]) for s in members}, labels))
     if not any(blocks.values()):
         return
     twice = with_examples and compressed is not None
@@ -84,9 +84,9 @@ def moments_again(
                 for call in original:
                     call.run()
             (output,) = kept(gate, 0)
-            yield Seen(source.model, gate, found, _examples(calls, original, output), output.rows / output.rows.sum())
+            yield Seen(source, gate, found, _examples(calls, original, output), output.rows / output.rows.sum())
         else:
-            yield Seen(source.model, gate, found)
+            yield Seen(source, gate, found)
         if compressed is not None:
             with source.changed(compressed(gate)):
                 for call in calls:

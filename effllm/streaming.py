@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -21,7 +20,6 @@ import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import effllm
 from effllm import hf
@@ -34,8 +32,8 @@ from effllm.errors import EffllmError
 from effllm.journal import RunJournal, edit_entries, entries, shapes
 from effllm.layers.placing import by_parameter, decode_stored, read_stored, return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
-from effllm.measure.memory import hidden_shape
 from effllm.measure.result import Result, describe_run
+from effllm.measure.work import refuse_too_large, working_memory
 from effllm.method import Codec, Score
 from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
@@ -43,11 +41,9 @@ from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.shards import clear, shard_units, unit_tensors, write_shard
-from effllm.site import Site, unchanged, untied
+from effllm.site import unchanged, untied
 from effllm.source import Source, StoredModel, arithmetic
-from effllm.statistics import DRAWS
 from effllm.statistics.again import Seen
-from effllm.statistics.tap import WIDEST
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +121,7 @@ def compress_folder(
     refuse_misfit(stored.model, stored.sites, wanted)
     refuse_default(wanted, stored.model)
     needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
-    _refuse_too_large(needed, max_memory, wanted)
+    refuse_too_large(needed, max_memory, wanted)
     key = run.key(stored)
     if _finished(run, key, overwrite):
         RunJournal.remove(run.out)
@@ -186,36 +182,6 @@ def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
             dense = site.size * state[site.parameter].itemsize
             total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - dense
     return total
-
-
-def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
-    """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states.
-
-    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws.
-    """
-    blocks: dict[str | None, int] = {}
-    width, lanes = (4, 2 + DRAWS) if wanted.solves else (dtype.itemsize, 1)
-    for site in sites:
-        moments = 2 * min(site.shape[1], WIDEST) ** 2 if wanted.solves else 0
-        blocks[site.block or site.name] = blocks.get(site.block or site.name, 0) + site.size * width + moments
-    settings, hidden = wanted.calibration, 0
-    if wanted.needs_data:
-        hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
-        hidden *= settings.samples * width * lanes
-    return 2 * max(blocks.values(), default=0) + hidden
-
-
-def _refuse_too_large(needed: int, max_memory: int | None, wanted: Plan) -> None:
-    if max_memory is None and not wanted.solves:
-        return
-    most = max_memory or psutil.virtual_memory().available // 2
-    if needed > most:
-        whose = "--max-memory" if max_memory else "half of what is free; give --max-memory to use more"
-        less = "--fast needs no data" if wanted.limited else "a score without data (--score zd) needs less"
-        raise EffllmError(
-            f"the run needs about {needed / 1e9:.2f} GB beside the libraries, more than the {most / 1e9:.2f} GB of {whose}; "
-            f"or fewer --samples; {less}"
-        )
 
 
 def _finished(run: Run, key: str, overwrite: bool) -> bool:

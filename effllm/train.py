@@ -13,7 +13,7 @@ from effllm.layers.placing import Members, Stored, decode_stored, encode
 from effllm.method import Codec
 from effllm.source import evaluating
 from effllm.statistics.again import Seen
-from effllm.statistics.sweep import positions
+from effllm.statistics.head import positions
 
 logger = logging.getLogger(__name__)
 STEPS = 100

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effllm.report.progress import track
 from effllm.source import Batch, Source
-from effllm.statistics.sweep import counted, head_logits, logits_at_once, logits_of, sites_behind
+from effllm.statistics.head import counted, head_logits, logits_at_once, logits_of, sites_behind
 
 Weights = dict[str, Tensor]
 """Parameter -> the values that stand for it."""

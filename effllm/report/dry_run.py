@@ -18,12 +18,12 @@ from effllm.checkpoint.skeleton import model_class, skeleton
 from effllm.data.inputs import refuse_default
 from effllm.errors import UsageError
 from effllm.measure.memory import Memory, kv_cache, scratch
+from effllm.measure.work import working_memory
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan, select
 from effllm.report.remarks import remarks
 from effllm.site import Site, find_sites, unchanged
 from effllm.source import StoredModel
-from effllm.streaming import working_memory
 
 HEADER_BYTES = 120  # of one tensor in a safetensors header, about
 

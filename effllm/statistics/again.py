@@ -13,7 +13,8 @@ from effllm.moments import Moments
 from effllm.site import Site
 from effllm.source import Batch, Source
 from effllm.source.lockstep import Call
-from effllm.statistics.sweep import DRAWS, experts_one_by_one, positions
+from effllm.statistics.head import positions
+from effllm.statistics.sweep import DRAWS, experts_one_by_one
 from effllm.statistics.tap import Replay, Sums, moments_of, share_experts
 
 AT_ONCE = 2  # inputs of an example

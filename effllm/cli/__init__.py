@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,33 @@ from typing import Annotated, Any
 
 import typer
 
+from effllm.cli.options import (
+    BudgetOption,
+    CalibrationOption,
+    ContextOption,
+    DeviceOption,
+    DtypeOption,
+    EffortOption,
+    ExcludeOption,
+    FastOption,
+    InputsOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    PlanOption,
+    RamOption,
+    RevisionOption,
+    SamplesOption,
+    ScoreOption,
+    SeedOption,
+    SetOption,
+    ThreadsOption,
+    bytes_of,
+    device_of,
+    dtype_of,
+    plan_of,
+    spending_of,
+)
 from effllm.errors import EffllmError, UsageError
 
 WRONG_USAGE: Any = typer.BadParameter.__base__  # click's UsageError, or the one in typer's own copy of click
@@ -26,72 +52,6 @@ app = typer.Typer(
     help="Makes Hugging Face models small and fast.\n\n"
     "First steps: [bold]effllm plan demo[/], [bold]effllm compress demo[/], [bold]effllm eval demo-layerwise-4bit[/].",
 )
-
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, 'demo', an alias such as llama-7b, or a hub id.")]
-PlanOption = Annotated[
-    str | None,
-    typer.Option(
-        "--plan", help="A preset (see 'effllm methods') or a plan file (.yaml); layerwise-4bit without a budget."
-    ),
-]
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        help="What the weights may take: 2GB (of weight files), 4.25bpw (bits per weight) or 0.25x (of the original). Each "
-        "matrix gets the option that makes the expected loss least; with --plan, among what the plan offers.",
-    ),
-]
-RamOption = Annotated[
-    str | None, typer.Option("--ram", help="The same for weights, KV cache and scratch together, such as 3GB.")
-]
-ContextOption = Annotated[
-    int | None, typer.Option("--context", min=1, help="Tokens of context in memory figures (4096).")
-]
-EffortOption = Annotated[
-    str | None,
-    typer.Option(
-        "--effort",
-        help="fast: no data, round to nearest; normal: priced and solved on calibration data; best: then learnt block by "
-        "block.",
-    ),
-]
-FastOption = Annotated[bool, typer.Option("--fast", help="Price without data, in seconds: the same as --effort fast.")]
-InputsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--inputs", help="original or compressed: what a matrix is solved for: the inputs it saw, or will see."
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="GLOB=METHOD:key=value,... What these sites get, whatever the plan says. Repeatable."),
-]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude", help="GLOB of sites left as they are. Repeatable.")
-]
-CalibrationOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        help="Data to learn from. Text: a file, a folder, or a datasets id as id:config:split:column; @weight sets its "
-        "share (default: the slice of public-domain books in the package; self: what the model itself writes). Vision "
-        "models: a folder of images, or .npz. Speech models: a folder of .wav files. Repeatable.",
-    ),
-]
-SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows (64).")]
-LengthOption = Annotated[int | None, typer.Option("--sequence-length", min=8, help="Tokens a window (512).")]
-ScoreOption = Annotated[
-    str | None, typer.Option("--score", help="What orders the blocks: lim, zd, random, reversed (as the plan says).")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, mps.")]
-DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16 for the arithmetic and what stays dense.")
-]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (all cores).")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 
 
 @app.callback()
@@ -142,11 +102,11 @@ def compress(
     """Compress a model folder into a packed one that from_pretrained loads. Killed? The same command resumes."""
     import effllm
 
-    spending = _spending(budget, ram, context, effort, fast, inputs)
-    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
+    spending = spending_of(budget, ram, context, effort, fast, inputs)
+    wanted = plan_of(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
     result = effllm.compress_folder(
-        model, out, wanted, overwrite=overwrite, check=check, device=_device(device, threads), dtype=_dtype(dtype),
-        max_memory=_bytes(max_memory), seed=seed, revision=revision,
+        model, out, wanted, overwrite=overwrite, check=check, device=device_of(device, threads), dtype=dtype_of(dtype),
+        max_memory=bytes_of(max_memory), seed=seed, revision=revision,
     )  # fmt: skip
     if as_json:
         _print(result.model_dump_json(indent=2))
@@ -186,9 +146,9 @@ def plan(
     import effllm
     from effllm.report.tables import dry_run_json, show_dry_run
 
-    spending = _spending(budget, ram, context, effort, fast, inputs)
-    wanted = _plan(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
-    found = effllm.plan(model, wanted, revision=revision, device=_device(device, threads), seed=seed)
+    spending = spending_of(budget, ram, context, effort, fast, inputs)
+    wanted = plan_of(plan, set_, exclude, score, calibration, samples, sequence_length, spending)
+    found = effllm.plan(model, wanted, revision=revision, device=device_of(device, threads), seed=seed)
     if output is not None:
         output.write_text(found.plan.to_yaml(), encoding="utf-8")
     if as_json:
@@ -211,7 +171,7 @@ def diff(
     from effllm.report.diff import diff as compare
     from effllm.report.diff import settings_that_differ, show
 
-    found = compare(one, other, model, revision, _device(device, None), seed)
+    found = compare(one, other, model, revision, device_of(device, None), seed)
     if as_json:
         _print(json.dumps([asdict(row) for row in found], indent=2))
     else:
@@ -252,7 +212,7 @@ def evaluate(
     """Measure a model: perplexity or accuracy, KL to the original, bytes, peak memory, speed."""
     import effllm
 
-    where, arithmetic = _device(device, threads), _dtype(dtype)
+    where, arithmetic = device_of(device, threads), dtype_of(dtype)
     results = [
         effllm.evaluate(model, baseline, source, samples, sequence_length, where, arithmetic, revision, images)
         for source in ([[one] for one in text] if text else [None])
@@ -296,7 +256,7 @@ def chat(
     """Talk to a model: streams its answer, then tokens per second and memory."""
     from effllm.report.chat import talk
 
-    talk(model, prompt, tokens, temperature, _device(device, threads), _dtype(dtype), seed, revision)
+    talk(model, prompt, tokens, temperature, device_of(device, threads), dtype_of(dtype), seed, revision)
 
 
 @app.command(
@@ -323,60 +283,6 @@ def autoload(
     if action not in actions:
         raise UsageError(f"autoload {action}: known: {', '.join(actions)}")
     _print(actions[action]())
-
-
-def _spending(
-    budget: str | None, ram: str | None, context: int | None, effort: str | None, fast: bool, inputs: str | None
-) -> dict[str, Any]:
-    if fast and effort not in (None, "fast"):
-        raise UsageError(f"--fast and --effort {effort} contradict each other; give one")
-    effort = "fast" if fast else effort
-    return {"budget": budget, "ram": ram, "context": context, "effort": effort, "inputs": inputs}
-
-
-def _plan(
-    plan: str | None, sets: list[str] | None, excludes: list[str] | None, score: str | None,
-    calibration: list[str] | None, samples: int | None, sequence_length: int | None, spending: dict[str, Any],
-) -> Any:  # fmt: skip
-    from effllm.plans import BUDGET, load_plan
-
-    limited = spending["budget"] or spending["ram"]
-    return load_plan(plan or (BUDGET if limited else "layerwise-4bit")).override(
-        sets or (), excludes or (), score, spending, sources=calibration, samples=samples,
-        sequence_length=sequence_length,
-    )  # fmt: skip
-
-
-def _device(device: str, threads: int | None) -> str:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise UsageError(f"--dtype {name}: known: {', '.join(known)}")
-    return known[name] if name else None
-
-
-def _bytes(size: str | None) -> int | None:
-    from effllm.allocation.budget import in_bytes
-
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([kMGT]?)B?", size.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"a size is written as 3GB or 500MB (GB is 10**9 bytes), not {size!r}")
-    return int(in_bytes(found[1], found[2]))
 
 
 def _print(text: str) -> None:
@@ -406,7 +312,3 @@ def main() -> None:
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"effllm: {' '.join(message.split())}\n")
-
-
-if __name__ == "__main__":
-    main()

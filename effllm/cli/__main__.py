@@ -1,0 +1,5 @@
+"""`python -m effllm.cli`."""
+
+from effllm.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""What each stage of the encoding buys, and what it takes, at the bits that a budget gives each matrix.
+
+    python evals/stages.py MODEL_FOLDER --out results/stages.json
+
+Only the Linear weights of the blocks are quantised. At each budget the allocation is the same for all rows:
+
+- nearest: codes rounded to nearest, ranges searched;
+- feedback: what rounding a column loses is made up for by later ones, in the metric of the expected KL;
+- refined: then scales and codes are fitted to each other in turns (`--effort normal`);
+- learnt: then the scales of each block are learnt on its output (`--effort best`);
+- ..., compressed: the last two for the inputs that compressed blocks give.
+
+KL, perplexity and agreement with the original are measured on held-out text, errors over windows; seconds are those of the
+rewrite, after prices are known. Rows that stand in OUT are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peer_quantizers.reference import Reference
+from peers import write_atomically
+from torch import Tensor
+
+from effllm.allocation.spending import Priced, price_folder
+from effllm.checkpoint import Checkpoint, resolve
+from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.layers.placing import Members, Stored, by_parameter, decode_stored
+from effllm.loading import load
+from effllm.method import Codec
+from effllm.plans import load_plan
+from effllm.report.progress import track
+from effllm.statistics.again import Seen
+from effllm.train import encode_unit
+
+Stage = Literal["nearest", "feedback", "refined", "learnt"]
+STAGES: list[tuple[Stage, str]] = [
+    ("nearest", "original"), ("feedback", "original"), ("refined", "original"), ("learnt", "original"),
+    ("refined", "compressed"), ("learnt", "compressed"),
+]  # fmt: skip
+
+
+def rewrite(priced: Priced, assigned: dict[str, Codec], stage: Stage) -> dict[str, Tensor]:
+    """Parameter -> what is decoded for it."""
+    source, members, decoded = priced.source, by_parameter(priced.source.sites, assigned), {}
+
+    def compressed(unit: str) -> dict[str, Tensor]:
+        return {name: decoded[name] for name in source.units[unit] if name in decoded}
+
+    walk = priced.again(assigned, compressed if priced.plan.inputs == "compressed" else None)
+    for seen in track(walk, stage):
+        own = {name: members[name] for name in source.units[seen.unit] if name in members}
+        with source.resident(seen.unit), torch.no_grad():
+            stored = encoded(own, seen, stage)
+            decoded |= {name: decode_stored(source.model, own[name], stored[name]) for name in own}
+    return decoded
+
+
+def encoded(members: dict[str, Members], seen: Seen, stage: Stage) -> dict[str, Stored]:
+    """What a stage stores for the parameters of a unit; dense models have one site a parameter."""
+    if stage in ("refined", "learnt"):
+        return encode_unit(seen.source.model, members, seen)
+    stored = {}
+    for name, codecs in members.items():
+        ((codec, (site,)),) = codecs.items()
+        found = seen.moments[site.name] if stage == "feedback" else None
+        stored[name] = {codec: codec.encode(site.matrix(seen.source.model), found)}
+    return stored
+
+
+def run(folder: Path, budget: float, stage: Stage, inputs: str, samples: int, reference: Reference) -> dict[str, Any]:
+    """One row."""
+    spending = {"budget": f"{budget}bpw", "effort": "best" if stage == "learnt" else "normal", "inputs": inputs}
+    plan = load_plan("budget").override(excludes=["embeddings", "head"], spending=spending, samples=samples)
+    checkpoint = Checkpoint.open(folder)
+    priced = price_folder(plan, checkpoint)
+    solution = priced.solution(priced.source.model, checkpoint.stored_bytes, {})
+    began = time.perf_counter()
+    decoded = rewrite(priced, solution.assigned, stage)
+    seconds = time.perf_counter() - began
+    model = load(folder, dtype=torch.float32)
+    for name, tensor in decoded.items():
+        model.get_parameter(name).data.copy_(tensor)
+    bits = 8 * solution.nbytes / sum(site.size for site in priced.source.sites if site.name in priced.options)
+    figures = reference.compare(model).figures()
+    return {"budget": budget, "bits_per_weight": bits, "stage": stage, "inputs": inputs, "seconds": seconds,
+            "predicted_kl": priced.predicted(solution.assigned), **figures}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| bits | stage | inputs | rewrite s | KL ± se | perplexity | top-1 |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["budget"]):
+        lines.append(
+            f"| {row['bits_per_weight']:.3f} | {row['stage']} | {row['inputs']} | {row['seconds']:.0f} "
+            f"| {row['kl']:.4f} ± {row['kl_stderr']:.4f} | {row['perplexity']:.2f} | {100 * row['top1_agreement']:.1f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, default=Path("results/stages.json"))
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=16, help="held-out windows of 512 tokens")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[2.25, 3.25, 4.25], help="bits per weight")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = resolve(arguments.model)
+    windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, default=EVALUATION_TEXT)
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    with tempfile.TemporaryDirectory(prefix="effllm-stages-") as scratch:
+        reference = Reference(
+            load(folder, dtype=torch.float32), windows, Path(scratch) / "reference.safetensors", "own"
+        )
+        for budget in arguments.budgets:
+            for stage, inputs in STAGES:
+                if not any((row["budget"], row["stage"], row["inputs"]) == (budget, stage, inputs) for row in rows):
+                    rows.append(run(folder, budget, stage, inputs, arguments.samples, reference))
+                    write_atomically(arguments.out, json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ from effllm.report.progress import track
 from effllm.site import Site
 
 SINGLE = {3: Quantize(bits=3, group_size=64), 4: Quantize(bits=4, group_size=128)}
-BUDGETS = (2.25, 2.5, 3.25, 4.25, 5.0, 6.0)
+BUDGETS = (2.25, 3.25, 4.25, 5.0, 6.0)
 
 
 def spearman(one: list[float], other: list[float]) -> float:

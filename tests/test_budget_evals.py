@@ -1,0 +1,58 @@
+"""The evals of budgets run to their tables on a tiny model, and go on where they stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import save, tiny_llama
+
+EVALS = Path(__file__).parent.parent / "evals"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save(tiny_llama(initializer_range=0.1, layers=2, tied=False), tmp_path_factory.mktemp("evals") / "llama")
+
+
+def script(name: str, monkeypatch, *arguments: object) -> ModuleType:
+    """The eval as a module, with a command line to be read."""
+    monkeypatch.syspath_prepend(EVALS)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    spec = importlib.util.spec_from_file_location(name, EVALS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_stages_have_a_row_each_and_lose_less_from_one_to_the_next(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("effllm.train.STEPS", 5)
+    out = tmp_path / "stages.json"
+    arguments = (folder, "--out", out, "--samples", 4, "--windows", 2, "--budgets", 3, "--threads", 1)
+    script("stages", monkeypatch, *arguments).main()
+    rows = {(row["stage"], row["inputs"]): row for row in json.loads(out.read_text())}
+    assert len(rows) == 6 and "| learnt | compressed |" in capsys.readouterr().out
+    losses = [rows[stage, "original"]["kl"] for stage in ("nearest", "feedback", "refined")]
+    assert losses == sorted(losses, reverse=True)
+    assert len({row["bits_per_weight"] for row in rows.values()}) == 1 and rows["learnt", "original"]["predicted_kl"] > 0
+    again = script("stages", monkeypatch, *arguments)
+    monkeypatch.setattr(again, "run", None)  # rows that stand are not made again
+    again.main()
+
+
+@pytest.mark.slow
+def test_allocation_has_both_tables(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "allocation.json"
+    arguments = (folder, "--out", out, "--samples", 4, "--windows", 2, "--matrices", 4, "--tokens", 512)
+    script("allocation", monkeypatch, *arguments).main()
+    found = json.loads(out.read_text())
+    assert {row["bits"] for row in found["singles"]} == {3, 4} and len(found["singles"]) >= 8
+    sizes = {row["plan"]: row["bits_per_weight"] for row in found["plans"]}
+    assert sizes["per matrix, bytes of uniform 3"] <= sizes["uniform 3 bits"]
+    assert "rank correlation" in capsys.readouterr().out and out.with_suffix(".md").exists()

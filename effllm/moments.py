@@ -48,33 +48,45 @@ class Metric:
         if self.by_columns:
             whole: Tensor = torch.block_diag(*self.A)  # type: ignore[no-untyped-call]
             return whole[: self.columns, : self.columns]
-        return self.A.mean(0)
+        return self.A[0] if len(self.A) == 1 else self.A.mean(0)
 
     @cached_property
     def damped(self) -> Tensor:
         """`dense` with 1 % of its mean diagonal added to the diagonal; the identity where it is zero."""
-        mean = float(self.dense.diagonal().mean())
-        identity = torch.eye(self.columns, device=self.A.device)
-        return self.dense + DAMPING * mean * identity if mean > 0 else identity
+        damped = self.dense.clone()
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+        return damped
 
     @cached_property
-    def factor(self) -> tuple[Tensor, Tensor]:
-        """Columns by falling energy, int64 `[columns]`; and in that order the upper triangular U with U^T U = damped^-1."""
-        order = self.damped.diagonal().argsort(descending=True, stable=True)
-        return order, inverse_factor(self.damped[order][:, order])
+    def order(self) -> Tensor:
+        """Columns by falling energy, int64 `[columns]`."""
+        return self.dense.diagonal().argsort(descending=True, stable=True)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """The upper triangular U with U^T U = damped^-1, its columns in `order`."""
+        return inverse_factor(self.in_order())
+
+    def in_order(self) -> Tensor:
+        """`damped`, rows and columns in `order`."""
+        return self.damped[self.order.unsqueeze(1), self.order]
 
 
 def inverse_factor(A: Tensor) -> Tensor:
     """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`, whose diagonal is raised until that exists."""
     step = DAMPING * A.diagonal().mean()
-    factor: Tensor
     for power in range(8):
         lower, failed = torch.linalg.cholesky_ex(A)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            factor: Tensor
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return factor
-        A = A + 10**power * step * torch.eye(len(A), device=A.device)
+        A = A.clone()
+        A.diagonal().add_(10**power * step)
     return torch.diag(A.diagonal().rsqrt())
 
 
@@ -82,12 +94,12 @@ def inverse_factor(A: Tensor) -> Tensor:
 class Moments:
     """The expected cost of an error E in a weight: KL = 1/2 sum_o rows[o] E_o A E_o^T, nats per token (or image).
 
-    A = sum_t |g_t|^2 x_t x_t^T over calibration tokens, divided by their number; x_t is the weight's input and g_t the
-    gradient, at its output, of the loss of a label drawn from the model. `rows` `[rows]` is each output's share of the
-    gradients' energy. (A factored Fisher information whose first factor weights every token by its gradient: with the
+    A = sum_t |g_t|^2 x_t x_t^T over calibration tokens; x_t is the weight's input and g_t the gradient, at its output, of the
+    loss of a label drawn from the model. `rows` `[rows]` is each output's share of the gradients' energy, divided by the
+    number of labels. (A factored Fisher information whose first factor weights every token by its gradient: with the
     textbook factors E[xx^T] and E[gg^T] a first token of huge input and small gradient spoils the price.)
 
-    Of an embedding: A = diag(E[g_j^2]), and `rows` is how often each entry is looked up. A tied weight has both uses.
+    Of an embedding: A = diag(sum g_j^2), and `rows` is how often each entry is looked up, as a share, divided likewise. A tied weight has both uses.
     """
 
     metric: Metric

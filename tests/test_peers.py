@@ -146,6 +146,11 @@ def test_rows_that_stand_are_skipped_and_failures_tried_again(tmp_path: Path) ->
     assert len(calls) == 3
     with pytest.raises(SystemExit, match="other text"):
         peers.read_rows(bench.out, {"samples": 2})
+    other = tmp_path / "other.json"
+    rows = [{"name": "peer", "bits": 2.0}, {"name": "more", "bits": 1.0}, {"name": "gone", "error": "no wheel"}]
+    other.write_text(json.dumps({"samples": 1, "rows": rows}))
+    bench.take_over([other])
+    assert peers.read_rows(bench.out, bench.setting) == rows[:2]
 
 
 def test_plot_of_stored_rows(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from effllm.statistics.tap import WIDEST
 def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
     """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states.
 
-    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws.
+    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws. Where
+    it learns, a block is decoded with gradients beside.
     """
     blocks: dict[str | None, int] = {}
     width, lanes = (4, 2 + DRAWS) if wanted.solves else (dtype.itemsize, 1)
@@ -30,7 +31,7 @@ def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtyp
     if wanted.needs_data:
         hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
         hidden *= settings.samples * width * lanes
-    return 2 * max(blocks.values(), default=0) + hidden
+    return (4 if wanted.effort == "best" else 2) * max(blocks.values(), default=0) + hidden
 
 
 def refuse_too_large(needed: int, max_memory: int | None, wanted: Plan) -> None:

@@ -28,15 +28,14 @@ def column_weights(metric: Metric) -> Tensor:
     The conditional variance 1 / U_jj^2, U^T U being the inverse metric in the order of rounding. Weighted so, a clipped
     range or a codebook suits error feedback; the metric's diagonal does not, for it counts what compensation removes.
     """
-    order, factor = metric.factor
-    weights = torch.empty_like(factor.diagonal())
-    weights[order] = factor.diagonal().square().reciprocal()
+    weights = torch.empty_like(metric.factor.diagonal())
+    weights[metric.order] = metric.factor.diagonal().square().reciprocal()
     return weights
 
 
 def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
     """`weight` `[rows, columns]` on the grid of `snap`, fp32, with small e A e^T for the error e of every row."""
-    order, factor = metric.factor
+    order, factor = metric.order, metric.factor
     columns, rounded = order.tolist(), torch.empty(weight.shape, device=weight.device)
     for rows in _portions(weight):
         left = weight[rows].float().t()[order].contiguous()
@@ -58,8 +57,8 @@ def descend(weight: Tensor, rounded: Tensor, metric: Metric, snap: Snap) -> Tens
 
     Coordinate descent: e A e^T never rises. Both are `[rows, columns]`, fp32.
     """
-    order, _ = metric.factor
-    columns, A, found = order.tolist(), metric.damped[order][:, order], torch.empty_like(rounded)
+    order = metric.order
+    columns, A, found = order.tolist(), metric.in_order(), torch.empty_like(rounded)
     for rows in _portions(weight):
         now = rounded[rows].t()[order].contiguous()
         slope = A @ (weight[rows].float().t()[order] - now)

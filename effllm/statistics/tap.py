@@ -74,7 +74,7 @@ class Sums:
         rows = self.rows + SMOOTHING if self.is_lookup else self.rows
         shares = rows.view(self.parts, -1)
         shares = shares / shares.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return Moments(Metric(self.A / labels, self.columns), shares.flatten())
+        return Moments(Metric(self.A, self.columns), shares.flatten() / labels)
 
     def _state(self, whole: bool) -> dict[str, Tensor]:
         found = {"rows": self.rows, "parts": torch.tensor(self.parts)}

@@ -94,12 +94,13 @@ def inverse_factor(A: Tensor) -> Tensor:
 class Moments:
     """The expected cost of an error E in a weight: KL = 1/2 sum_o rows[o] E_o A E_o^T, nats per token (or image).
 
-    A = sum_t |g_t|^2 x_t x_t^T over calibration tokens; x_t is the weight's input and g_t the gradient, at its output, of the
-    loss of a label drawn from the model. `rows` `[rows]` is each output's share of the gradients' energy, divided by the
-    number of labels. (A factored Fisher information whose first factor weights every token by its gradient: with the
+    A = sum_t |g_t|^2 x_t x_t^T over calibration tokens; x_t is the weight's input and g_t the gradient, at its output, of
+    the loss of a label drawn from the model. `rows` `[rows]` is each output's share of the gradients' energy, divided by
+    the number of labels. (A factored Fisher information whose first factor weights every token by its gradient: with the
     textbook factors E[xx^T] and E[gg^T] a first token of huge input and small gradient spoils the price.)
 
-    Of an embedding: A = diag(sum g_j^2), and `rows` is how often each entry is looked up, as a share, divided likewise. A tied weight has both uses.
+    Of an embedding: A = diag(sum_t g_tj^2), and `rows` is how often each entry is looked up, a share divided likewise. A
+    tied weight has both uses.
     """
 
     metric: Metric

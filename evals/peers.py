@@ -4,22 +4,23 @@
 
 Every peer has a script in `peer_quantizers/` and a virtual environment of its own with pinned versions. It compresses the
 decoder's Linears only, is calibrated on the package's calibration slice, and writes a dense folder of the weights it would
-compute with. All folders are then measured alike, in float32, on all of the package's held-out text. Bits count everything
-stored for those Linears; seconds and CPU seconds are those of the peer's script without writing the folder.
-
-State: written, and not yet run to the end with any peer. To be checked before a figure is used: the bits of NF4 (its shared
-tables are left out), HQQ, quanto, AutoRound and GPTQ against the files that they save.
+compute with. All folders are then measured alike, in float32, on the package's held-out text. Bits count everything that
+the peer stores for those Linears, read from its tensors or its checkpoint; seconds and CPU seconds run from loading the
+model to the last quantised layer.
 
 OUT is a JSON document, written after every row; rows that stand are skipped by a rerun, failed ones are tried again. The
 table goes to stdout, the plot beside OUT. `--match` adds effllm at the bits of every peer, with paired differences.
+See docs/peers.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -28,22 +29,23 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_quantizers.reference import Reference
+from peer_quantizers.report import Row, plot, table
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import effllm
 from effllm.checkpoint import Checkpoint
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
-from effllm.measure.evaluate import Comparison, compare, standard_error
+from effllm.measure.evaluate import Comparison
 from effllm.measure.result import machine, versions
 
 SCRIPTS = Path(__file__).with_name("peer_quantizers")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Peer:
     script: str
     packages: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    build: str = ""
+    """A source package whose copy of ggml is compiled into the environment."""
     own_torch: bool = False
     """Installs its own torch and transformers instead of sharing those that effllm runs on."""
     default: bool = True
@@ -61,7 +65,11 @@ class Peer:
 
     def facts(self) -> Row:
         """What a stored row must agree with to stand."""
-        return {"script": self.script, "packages": list(self.packages), "settings": self.settings}
+        return {
+            "script": self.script,
+            "packages": [*self.packages, *filter(None, [self.build])],
+            "settings": self.settings,
+        }
 
 
 def peers() -> list[Peer]:
@@ -76,7 +84,7 @@ def peers() -> list[Peer]:
     found += [Peer(f"quanto {kind}", "quanto", quanto, {"type": kind}) for kind in ("qint4", "qint2")]
     found.append(Peer("torchao int4 g64", "torchao", ("torchao==0.18.0",), {"group": 64}))
     found += [
-        Peer(f"llama.cpp {kind}", "llama_cpp", ("llama-cpp-python==0.3.36", "gguf==0.19.0"), {"type": kind})
+        Peer(f"llama.cpp {kind}", "llama_cpp", ("gguf==0.19.0",), {"type": kind}, build="llama-cpp-python==0.3.36")
         for kind in ("IQ4_XS", "Q4_K", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS")
     ]
     found += [
@@ -85,6 +93,7 @@ def peers() -> list[Peer]:
     ]
     for label, settings, default in (
         ("50 iterations", {"iters": 50, "batch": 4}, True),
+        ("extended, 50 iterations", {"iters": 50, "batch": 4, "extended": True}, True),
         ("defaults", {"iters": 200, "batch": 8}, False),
     ):
         found += [
@@ -92,6 +101,21 @@ def peers() -> list[Peer]:
                  default=default)
             for b in (3, 4, 2)
         ]  # fmt: skip
+    options = ["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16"]
+    found += [
+        Peer(f"AutoRound AutoScheme {average} bits, 50 iterations", "auto_round", rounding,
+             {"average": average, "options": options, "iters": 50, "batch": 4})
+        for average in (3.15, 2.5)
+    ]  # fmt: skip
+    found += [
+        Peer(
+            f"llm-compressor GPTQ {b}-bit g128",
+            "llm_compressor",
+            ("llmcompressor==0.14.0.1",),
+            {"bits": b, "group": 128},
+        )
+        for b in (4, 3)
+    ]
     return found
 
 
@@ -104,21 +128,26 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the original model")
     parser.add_argument("--out", type=Path, required=True, help="the JSON document to write or go on with")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only rows whose name contains a NAME")
-    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache" / "effllm-peers")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "effllm-peers", help="environments, runs")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=33, help="of held-out text; 33 x 512 predict 16,863 tokens")
     parser.add_argument("--budgets", type=float, nargs="*", default=[2.25, 3.25, 4.25], help="effllm's bits per weight")
     parser.add_argument("--match", action="store_true", help="run effllm at every peer's bits too")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="documents of other runs whose rows are taken over"
+    )
     parser.add_argument("--defaults", action="store_true", help="run the peers' slow default settings too")
     parser.add_argument("--timeout", type=float, default=3 * 3600, help="seconds a row may take")
     args = parser.parse_args()
     bench = Bench(args)
+    bench.take_over(args.also)
     for peer in peers():
         if bench.wanted(peer.name) and (peer.default or args.defaults):
             bench.add(peer.name, peer.facts(), lambda peer=peer: run_peer(peer, bench))
     budgets = set(args.budgets)
     if args.match:
-        budgets |= {row["bits"] for row in bench.rows if "bits" in row and "budget" not in row}
+        budgets |= {math.floor(100 * row["bits"]) / 100 for row in bench.rows if "bits" in row and "budget" not in row}
     for budget in sorted(budgets):
         name = f"effllm {budget:.4g} bits"
         if bench.wanted(name):
@@ -131,16 +160,17 @@ class Bench:
     """The original, the text and the rows so far."""
 
     def __init__(self, args: argparse.Namespace):
-        self.model, self.out, self.venvs = args.model.resolve(), args.out, args.venvs.resolve()
+        self.model, self.out, self.work = args.model.resolve(), args.out, args.work.resolve()
         self.only, self.timeout = args.only, args.timeout
         tokenizer, length = load_tokenizer(self.model), args.sequence_length
         self.calibration = token_windows(tokenizer, ["default"], args.samples, length)
-        self.windows = token_windows(tokenizer, ["default"], None, length, EVALUATION_TEXT)
-        self.baseline = dense(self.model)
+        self.windows = token_windows(tokenizer, ["default"], args.windows, length, EVALUATION_TEXT)
         self.setting = {
             "model_digest": Checkpoint.open(self.model).digest(),
             "samples": len(self.calibration),
             "sequence_length": length,
+            "windows": len(self.windows),
+            "text": hashlib.sha256(self.calibration.numpy().tobytes() + self.windows.numpy().tobytes()).hexdigest(),
         }
         self.rows = read_rows(self.out, self.setting)
 
@@ -158,24 +188,43 @@ class Bench:
         except (Failed, OSError, ValueError, RuntimeError) as error:
             row = {"error": " ".join(str(error).split())[:300]}
         self.rows = [old for old in self.rows if old["name"] != name] + [{"name": name, **facts, **row}]
+        self.write()
+
+    def take_over(self, documents: list[Path]) -> None:
+        """Adds the measured rows of other runs on the same model and text; rows of the same name are replaced."""
+        for path in documents:
+            found = [row for row in read_rows(path, self.setting) if "error" not in row]
+            names = {row["name"] for row in found}
+            self.rows = [row for row in self.rows if row["name"] not in names] + found
+            self.write()
+
+    def write(self) -> None:
+        """Stores all rows."""
         document = {**self.setting, "machine": machine(), "versions": versions(), "rows": self.rows}
         write_atomically(self.out, json.dumps(document, indent=1))
 
+    @cached_property
+    def reference(self) -> Reference:
+        """The original on the held-out text, computed when the first row is measured."""
+        key = json.dumps(self.setting)
+        return Reference(dense(self.model), self.windows, self.work / "reference.safetensors", key)
+
     def measure(self, model: PreTrainedModel) -> Row:
         """The quality of a dense model, with the values of every window."""
-        found = compare(model, self.windows, self.baseline)
+        found = self.reference.compare(model)
         return found.figures() | per_window(found)
 
 
 def dense(folder: Path) -> PreTrainedModel:
     """An ordinary model folder, computed in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
 
 
 def per_window(found: Comparison) -> Row:
-    """KL and top-1 agreement of each window."""
-    assert found.kl is not None and found.agreement is not None
-    return {"window_kl": found.kl.tolist(), "window_agreement": found.agreement.tolist()}
+    """Loss, KL and top-1 agreement of each window, so that two rows can be compared in pairs."""
+    columns = {"window_nll": found.nll, "window_kl": found.kl, "window_agreement": found.agreement}
+    return {name: column.tolist() for name, column in columns.items() if column is not None}
 
 
 def stands(row: Row, name: str, facts: Row) -> bool:
@@ -205,21 +254,26 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def run_peer(peer: Peer, bench: Bench) -> Row:
-    """Installs and runs a peer, then measures what it made."""
-    python = environment(peer, bench.venvs, bench.timeout)
-    with tempfile.TemporaryDirectory(prefix="effllm-peer-") as scratch:
-        folder = Path(scratch)
+    """Installs and runs a peer, then measures what it made; what it made is kept until it is measured."""
+    python = environment(peer, bench.work / "venvs", bench.timeout)
+    folder = bench.work / "runs" / re.sub(r"\W+", "-", peer.name)
+    job = {
+        "model": str(bench.model),
+        "out": str(folder / "dense"),
+        "calibration": str(folder / "calibration.safetensors"),
+        "settings": peer.settings,
+        "setting": bench.setting,
+    }
+    report, described = folder / "dense" / "report.json", folder / "job.json"
+    if not (report.exists() and json.loads(described.read_text()) == job):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         save_file({"input_ids": bench.calibration}, folder / "calibration.safetensors")
-        job = {
-            "model": str(bench.model),
-            "out": str(folder / "dense"),
-            "calibration": str(folder / "calibration.safetensors"),
-            "settings": peer.settings,
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        call([str(python), str(SCRIPTS / f"with_{peer.script}.py"), str(folder / "job.json")], bench.timeout)
-        report = json.loads((folder / "dense" / "report.json").read_text())
-        return report | bench.measure(dense(folder / "dense"))
+        described.write_text(json.dumps(job))
+        call([str(python), str(SCRIPTS / f"with_{peer.script}.py"), str(described)], bench.timeout)
+    row: Row = json.loads(report.read_text()) | bench.measure(dense(folder / "dense"))
+    shutil.rmtree(folder)
+    return row
 
 
 def run_effllm(budget: float, bench: Bench) -> Row:
@@ -231,7 +285,7 @@ def run_effllm(budget: float, bench: Bench) -> Row:
         command = [sys.executable, "-m", "effllm.cli", "compress", str(bench.model), "--budget", f"{budget}bpw"]
         command += ["--exclude", "model.embed_tokens", "--calibration", "default", "--out", str(out), "--json"]
         samples, length = bench.calibration.shape
-        command += ["--samples", str(samples), "--sequence-length", str(length)]
+        command += ["--samples", str(samples), "--sequence-length", str(length), "--no-check"]
         printed = json.loads(call(command, bench.timeout))
         seconds = time.perf_counter() - started
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -259,11 +313,34 @@ def environment(peer: Peer, venvs: Path, timeout: float) -> Path:
     if not peer.own_torch:
         shared = next(path for path in sys.path if (Path(path) / "torch").is_dir())
         next(folder.glob("lib/python*/site-packages")).joinpath("shared.pth").write_text(shared)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     extra = ["safetensors", "accelerate", "transformers==5.24.0"] if peer.own_torch else []
-    call([*install, *peer.packages, *extra], timeout)
+    call([*pip, "install", *peer.packages, *extra], timeout)
+    if peer.build:
+        with tempfile.TemporaryDirectory() as scratch:
+            build_ggml(peer.build, pip, Path(scratch), folder / "lib", timeout)
     write_atomically(stamp, wanted)
     return python
+
+
+def build_ggml(package: str, pip: list[str], scratch: Path, into: Path, timeout: float) -> None:
+    """Compiles ggml's quantisers out of a source package of llama-cpp-python; needs cmake and a compiler."""
+    call([*pip, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(scratch), package], timeout)
+    archive = next(scratch.glob("*.tar.gz"))
+    shutil.unpack_archive(archive, scratch, filter="data")
+    source, build = next(scratch.glob("*/vendor/llama.cpp")), scratch / "build"
+    off = (
+        "GGML_CPU",
+        "LLAMA_OPENSSL",
+        "LLAMA_BUILD_COMMON",
+        "LLAMA_BUILD_TESTS",
+        "LLAMA_BUILD_EXAMPLES",
+        "LLAMA_BUILD_TOOLS",
+    )
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", *(f"-D{name}=OFF" for name in off)]
+    call(["cmake", "-S", str(source), "-B", str(build), *options], timeout)
+    call(["cmake", "--build", str(build), "--target", "ggml-base"], timeout)
+    shutil.copy(next(path for path in build.rglob("libggml-base.*") if path.is_file()), into / "libggml-base.so")
 
 
 def call(command: list[str], timeout: float) -> str:
@@ -284,63 +361,6 @@ def call(command: list[str], timeout: float) -> str:
             lines = [line.strip() for line in (errors.read() or printed).splitlines() if line.strip()]
             raise Failed(lines[-1][:300] if lines else f"ended with code {process.returncode}")
     return printed
-
-
-def difference(row: Row, other: Row) -> tuple[float, float]:
-    """KL of `row` minus that of `other`, and the standard error of it, paired by window."""
-    gap = Tensor(row["window_kl"]).double() - Tensor(other["window_kl"]).double()
-    return float(gap.mean()), standard_error(gap)
-
-
-def rival(row: Row, rows: list[Row]) -> Row | None:
-    """effllm's largest row that is no larger than a peer's."""
-    found = [other for other in rows if "budget" in other and "bits" in other and other["bits"] <= row["bits"]]
-    return max(found, key=lambda other: other["bits"], default=None)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown, by bits; failed ones last."""
-    lines = [
-        "| bits | compressor | KL ± se | perplexity ± se | top-1 % | s | CPU s | peak MB | effllm at these bits or fewer |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted((row for row in rows if "bits" in row), key=lambda row: row["bits"]):
-        other = None if "budget" in row else rival(row, rows)
-        against = "{:+.4f} ± {:.4f}".format(*difference(other, row)) + f" ({other['bits']:.3f} bits)" if other else ""
-        lines.append(
-            f"| {row['bits']:.3f} | {row['name']} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} "
-            f"| {row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f} | {100 * row['top1_agreement']:.1f} ± "
-            f"{100 * row['top1_agreement_stderr']:.1f} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} "
-            f"| {row['peak_memory_bytes'] / 1e6:.0f} | {against} |"
-        )
-    lines += [f"| | {row['name']} | failed: {row['error']} | | | | | | |" for row in rows if "error" in row]
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """KL, on a log scale, over bits."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("the plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    for ours, label in ((False, "peers"), (True, "effllm")):
-        chosen = sorted(
-            (row for row in rows if "bits" in row and ("budget" in row) == ours), key=lambda row: row["bits"]
-        )
-        x, y = [row["bits"] for row in chosen], [max(row["kl"], math.ulp(1.0)) for row in chosen]
-        errors = [row["kl_stderr"] for row in chosen]
-        axes.errorbar(x, y, yerr=errors, fmt="o-" if ours else "s", label=label, capsize=2)
-        for row in () if ours else chosen:
-            axes.annotate(row["name"], (row["bits"], row["kl"]), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(yscale="log", xlabel="bits per weight of the decoder's Linears", ylabel="KL to the original, nats a token")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from effllm.statistics.tap import WIDEST
 def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
     """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states.
 
-    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws. Where
-    it learns, a block is decoded with gradients beside.
+    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws.
+    Where it learns, a block is decoded with gradients beside.
     """
     blocks: dict[str | None, int] = {}
     width, lanes = (4, 2 + DRAWS) if wanted.solves else (dtype.itemsize, 1)

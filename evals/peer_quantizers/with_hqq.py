@@ -1,21 +1,21 @@
 """HQQ; settings: bits, group."""
 
 import torch
-from common import Compressed, Job, grouped_bits, linears, run
-from hqq.core.quantize import Quantizer
+from common import Compressed, Job, linears, run, stored_bits
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 
 def compress(job: Job) -> dict[str, Compressed]:
-    bits, group = job.settings["bits"], job.settings["group"]
-    found = {}
-    for name, layer in linears(job.load()).items():
-        codes, meta = Quantizer.quantize(
-            layer.weight.data, nbits=bits, group_size=group, axis=1, device="cpu", compute_dtype=torch.float32
-        )
-        meta["scale"], meta["zero"] = (meta[key].half().float() for key in ("scale", "zero"))
-        weight = Quantizer.dequantize(codes, meta).float()
-        found[name] = Compressed(weight, grouped_bits(tuple(weight.shape), bits, group, per_group=32))
-    return found
+    config = BaseQuantizeConfig(nbits=job.settings["bits"], group_size=job.settings["group"], axis=1)
+    quantised = {
+        name: HQQLinear(layer, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
+        for name, layer in linears(job.load(torch.bfloat16)).items()
+    }
+    job.done()
+    return {
+        name: Compressed(layer.dequantize().float(), stored_bits(*layer.state_dict().values()))
+        for name, layer in quantised.items()
+    }
 
 
 run(compress, "hqq")

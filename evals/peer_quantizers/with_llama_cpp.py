@@ -5,8 +5,8 @@ Rows that do not divide by the type's block are joined, where llama-quantize wou
 """
 
 import ctypes
-import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import gguf
@@ -23,7 +23,10 @@ def importance(model: PreTrainedModel, layers: dict[str, nn.Linear], tokens: Ten
     sums = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
 
     def watch(name: str, layer: nn.Linear) -> None:
-        layer.register_forward_pre_hook(lambda _, args: sums[name].add_(args[0].square().flatten(0, -2).sum(0)))
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name] += args[0].float().square().flatten(0, -2).sum(0)
+
+        layer.register_forward_pre_hook(add)
 
     for name, layer in layers.items():
         watch(name, layer)
@@ -33,10 +36,8 @@ def importance(model: PreTrainedModel, layers: dict[str, nn.Linear], tokens: Ten
 
 
 def library() -> ctypes.CDLL:
-    """ggml, as llama-cpp-python built it."""
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None and spec.origin is not None
-    found = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("lib*/libggml-base.*"))))
+    """ggml, as it was built into this environment."""
+    found = ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libggml-base.so"))
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     found.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -46,22 +47,26 @@ def library() -> ctypes.CDLL:
 def compress(job: Job) -> dict[str, Compressed]:
     ggml, kind = library(), gguf.GGMLQuantizationType[job.settings["type"]]
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    model = job.load()
+    model = job.load(torch.bfloat16)
     layers = linears(model)
     weights_of = importance(model, layers, job.tokens())
-    found = {}
+    quantised = {}
     for name, layer in layers.items():
         rows, columns = layer.weight.shape
         joined = block // math.gcd(block, columns)
         if rows % joined:
             raise ValueError(f"{name}: {rows} rows of {columns} cannot be joined to blocks of {block}")
-        source = np.ascontiguousarray(layer.weight.detach().numpy()).reshape(rows // joined, columns * joined)
+        source = np.ascontiguousarray(layer.weight.detach().float().numpy()).reshape(rows // joined, columns * joined)
         tiled = np.ascontiguousarray(np.tile(weights_of[name].numpy(), joined), dtype=np.float32)
         codes = np.empty((len(source), source.shape[1] // block * block_bytes), dtype=np.uint8)
         ggml.ggml_quantize_chunk(int(kind), source.ctypes.data, codes.ctypes.data, 0, *source.shape, tiled.ctypes.data)
-        decoded = torch.from_numpy(gguf.quants.dequantize(codes, kind).reshape(rows, columns).copy())
-        found[name] = Compressed(decoded, 8 * codes.nbytes)
+        quantised[name] = codes
+    job.done()
+    found = {}
+    for name, codes in quantised.items():
+        weight = gguf.quants.dequantize(codes, kind).reshape(layers[name].weight.shape)
+        found[name] = Compressed(torch.from_numpy(weight.copy()), 8 * codes.nbytes)
     return found
 
 
-run(compress, "llama-cpp-python", "gguf")
+run(compress, "gguf")

@@ -1,25 +1,20 @@
 """optimum-quanto, weights only; settings: type (qint4, qint2)."""
 
 import optimum.quanto as quanto
-from common import Compressed, Job, grouped_bits, linears, run
+import torch
+from common import Compressed, Job, linears, run, stored_bits
 
 
 def compress(job: Job) -> dict[str, Compressed]:
-    model = job.load()
+    model = job.load(torch.bfloat16)
     names = list(linears(model))
-    kind = quanto.qtypes[job.settings["type"]]
-    quanto.quantize(model, weights=kind, include=names)
+    quanto.quantize(model, weights=quanto.qtypes[job.settings["type"]], include=names)
     quanto.freeze(model)
+    job.done()
     found = {}
     for name in names:
-        packed = model.get_submodule(name).weight
-        rows, columns = packed.shape
-        group = packed._group_size or columns
-        per_group = (
-            32 if packed._shift.is_floating_point() else 16 + 8
-        )  # scale and shift at 16 bits, as in a bf16 model
-        bits = grouped_bits((rows, columns), kind.bits, group, per_group)
-        found[name] = Compressed(packed.dequantize().float(), bits)
+        layer = model.get_submodule(name)
+        found[name] = Compressed(layer.weight.dequantize().float(), stored_bits(*layer.state_dict().values()))
     return found
 
 

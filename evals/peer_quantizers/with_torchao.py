@@ -1,22 +1,22 @@
-"""torchao's affine int4 codes with a zero point a group, rounded to nearest; settings: group."""
+"""torchao's int4 weights in the layout of its CPU kernel; settings: group."""
 
 import torch
-from common import Compressed, Job, grouped_bits, linears, run
-from torchao.quantization import quant_primitives as primitives
+from common import Compressed, Job, linears, read_weight, run, stored_bits
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import quantize_
 
 
 def compress(job: Job) -> dict[str, Compressed]:
-    group = job.settings["group"]
+    model = job.load(torch.bfloat16)
+    names = list(linears(model))
+    config = PrototypeInt4WeightOnlyConfig(group_size=job.settings["group"])
+    quantize_(model, config, lambda _, name: name in names)
+    job.done()
     found = {}
-    for name, layer in linears(job.load()).items():
-        weight, block = layer.weight.data, (1, group)
-        scale, zero = primitives.choose_qparams_affine(
-            weight, primitives.MappingType.ASYMMETRIC, block, torch.int32, quant_min=0, quant_max=15
-        )
-        scale = scale.bfloat16().float()
-        codes = primitives.quantize_affine(weight, block, scale, zero, torch.int32, quant_min=0, quant_max=15)
-        decoded = primitives.dequantize_affine(codes, block, scale, zero, torch.int32, quant_min=0, quant_max=15)
-        found[name] = Compressed(decoded.float(), grouped_bits(tuple(weight.shape), 4, group, per_group=16 + 4))
+    for name in names:
+        layer = model.get_submodule(name)
+        bits = stored_bits(layer.weight.qdata, layer.weight.scale_and_zero)
+        found[name] = Compressed(read_weight(layer, layer.in_features, torch.bfloat16), bits)
     return found
 
 

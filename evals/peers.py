@@ -2,11 +2,11 @@
 
     python evals/peers.py MODEL_FOLDER --out results/peers.json
 
-Every peer has a script in `peer_quantizers/` and a virtual environment of its own with pinned versions. It compresses the
-decoder's Linears only, is calibrated on the package's calibration slice, and writes a dense folder of the weights it would
-compute with. All folders are then measured alike, in float32, on the package's held-out text. Bits count everything that
-the peer stores for those Linears, read from its tensors or its checkpoint; seconds and CPU seconds run from loading the
-model to the last quantised layer.
+Every peer has a script in `peer_quantizers/` and a virtual environment of its own with pinned versions. It compresses
+the decoder's Linears only, is calibrated on the package's calibration slice, and writes a dense folder of the weights
+it would compute with. All folders are then measured alike, in float32, on the package's held-out text. Bits count all
+that the peer stores for those Linears, read from its tensors or its checkpoint; seconds and CPU seconds run from
+loading the model to the last quantised layer.
 
 OUT is a JSON document, written after every row; rows that stand are skipped by a rerun, failed ones are tried again. The
 table goes to stdout, the plot beside OUT. `--match` adds effllm at the bits of every peer, with paired differences.
@@ -42,6 +42,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import effllm
 from effllm.checkpoint import Checkpoint
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.layers.placing import decode_all
 from effllm.measure.evaluate import Comparison
 from effllm.measure.result import machine, versions
 
@@ -93,7 +94,6 @@ def peers() -> list[Peer]:
     ]
     for label, settings, default in (
         ("50 iterations", {"iters": 50, "batch": 4}, True),
-        ("extended, 50 iterations", {"iters": 50, "batch": 4, "extended": True}, True),
         ("defaults", {"iters": 200, "batch": 8}, False),
     ):
         found += [
@@ -298,7 +298,7 @@ def run_effllm(budget: float, bench: Bench) -> Row:
             "versions": printed["versions"],
             "plan": printed["plan"],
         }
-        return row | bench.measure(effllm.load(out, dtype=torch.float32))
+        return row | bench.measure(decode_all(effllm.load(out, dtype=torch.float32)))
 
 
 def environment(peer: Peer, venvs: Path, timeout: float) -> Path:

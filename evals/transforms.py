@@ -2,10 +2,11 @@
 
     python evals/transforms.py MODEL_FOLDER --out results/transforms.json
 
-A weight W is quantised as W T, and T^-1 goes into what computes its input: the norm before it, the rows of v_proj before
-o_proj, the rows of up_proj before down_proj. Here every weight has the T that suits it best, even where neighbours would have
-to share one or nothing could take T^-1 up; so this bounds what folding can give. Expected KL, in the metric of the calibration
-data (T^-1 A T^-T for a changed input), over all Linears of every `--every`th block, each quantised alone:
+A weight W is quantised as W T, and T^-1 goes into what computes its input: the norm before it, the rows of v_proj
+before o_proj, the rows of up_proj before down_proj. Here every weight has the T that suits it best, even where
+neighbours would have to share one or nothing could take T^-1 up; so this bounds what folding can give. Expected KL, in
+the metric of the calibration data (T^-1 A T^-T for a changed input), over all Linears of every `--every`th block, each
+quantised alone:
 
 - plain: quantised as it is;
 - scaled: T = diag(s), s_j = (A_jj)^(a/2), the best of a = 1/8, 1/4 and 1/2 (AWQ, Lin et al., arXiv 2306.00978, section 3.2,

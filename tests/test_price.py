@@ -47,6 +47,16 @@ def test_sampled_rows_are_few_and_distinct(rows, spread):
         assert float(counts.sum()) == pytest.approx(rows, rel=0.2)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0, 30.0])
+def test_a_divergence_is_exact_however_small(size):
+    generator = torch.Generator().manual_seed(0)
+    own = 8 * torch.randn(4, 50_000, generator=generator)
+    other = own + size * torch.randn(own.shape, generator=generator)
+    p, q = (logits.double().log_softmax(-1) for logits in (own, other))
+    torch.testing.assert_close(divergence(own, other).double(), (p.exp() * (p - q)).sum(-1), rtol=0.2, atol=0)
+    assert torch.isfinite(divergence(own, torch.where(own > 20, -1e4, own))).all()
+
+
 def test_a_matrix_of_few_rows_is_priced_whole():
     weight, found = weight_and_moments(48, 64, 0.5)
     assert price(CODECS, weight, found, sample_rows(weight, found)) == pytest.approx(price(CODECS, weight, found))

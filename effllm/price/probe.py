@@ -12,6 +12,7 @@ from effllm.report.progress import track
 from effllm.source import Batch, Source
 from effllm.statistics.head import counted, head_logits, logits_at_once, logits_of, sites_behind
 
+LARGEST = 80.0  # difference of logits whose exponential is a float
 Weights = dict[str, Tensor]
 """Parameter -> the values that stand for it."""
 
@@ -71,11 +72,13 @@ def _behind(
         for start in range(0, len(mask), step):
             part = slice(start, start + step)
             own, *others = (state.flatten(0, 1)[part].unsqueeze(0) for state in states)
-            expected = head_logits(source, batch, kind, own)
+            expected = head_logits(source, batch, kind, own).float()
+            chances = expected.softmax(-1)
             for change, piece in zip(weights, others, strict=True):
                 with source.changed(weights[change]):
                     logits = head_logits(source, batch, kind, piece)
-                totals[change] += float((divergence(expected, logits).flatten() * mask[part].to(logits.device)).sum())
+                costs = divergence(expected, logits, chances).flatten()
+                totals[change] += float((costs * mask[part].to(costs.device)).sum())
     return {change: total / labels for change, total in totals.items()}
 
 
@@ -85,7 +88,15 @@ def _mean(own: list[Tensor], other: list[Tensor], positions: list[Tensor]) -> fl
     return float(torch.cat(costs).mean())
 
 
-def divergence(own: Tensor, other: Tensor) -> Tensor:
-    """KL(own || other) of logits `[..., classes]`, fp32 `[...]`."""
-    p, q = own.detach().float().log_softmax(-1), other.detach().float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+def divergence(own: Tensor, other: Tensor, chances: Tensor | None = None) -> Tensor:
+    """KL(own || other) of logits `[..., classes]`, fp32 `[...]`; `chances` are the softmax of `own`, where it is known.
+
+    With d the difference of the logits less its mean under p, log(1 + sum p (exp(d) - 1)): exact where d is small.
+    """
+    own = own.detach().float()
+    p = own.softmax(-1) if chances is None else chances
+    change = other.detach().float() - own
+    change -= (p * change).sum(-1, keepdim=True)
+    if float(change.amax()) > LARGEST:
+        return (change + p.log()).logsumexp(-1)
+    return change.expm1_().mul_(p).sum(-1).log1p_()

@@ -40,7 +40,9 @@ def test_stages_have_a_row_each_and_lose_less_from_one_to_the_next(folder, tmp_p
     assert len(rows) == 6 and "| learnt | compressed |" in capsys.readouterr().out
     losses = [rows[stage, "original"]["kl"] for stage in ("nearest", "feedback", "refined")]
     assert losses == sorted(losses, reverse=True)
-    assert len({row["bits_per_weight"] for row in rows.values()}) == 1 and rows["learnt", "original"]["predicted_kl"] > 0
+    assert (
+        len({row["bits_per_weight"] for row in rows.values()}) == 1 and rows["learnt", "original"]["predicted_kl"] > 0
+    )
     again = script("stages", monkeypatch, *arguments)
     monkeypatch.setattr(again, "run", None)  # rows that stand are not made again
     again.main()

@@ -51,43 +51,43 @@ class Metric:
         return self.A[0] if len(self.A) == 1 else self.A.mean(0)
 
     @cached_property
-    def damped(self) -> Tensor:
-        """`dense` with 1 % of its mean diagonal added to the diagonal; the identity where it is zero."""
-        damped = self.dense.clone()
-        mean = damped.diagonal().mean()
-        damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
-        return damped
-
-    @cached_property
     def order(self) -> Tensor:
         """Columns by falling energy, int64 `[columns]`."""
         return self.dense.diagonal().argsort(descending=True, stable=True)
 
+    def damped(self, times: float = 1.0) -> Tensor:
+        """`dense` with rows and columns in `order`, and 1 % (or so many `times` that) of its mean diagonal added to the
+        diagonal; the identity where it is zero. Made anew at each call: nothing of its size is kept."""
+        damped = self.dense[self.order.unsqueeze(1), self.order]
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(times * DAMPING * mean if mean > 0 else 1.0)
+        return damped
+
     @cached_property
     def factor(self) -> Tensor:
-        """The upper triangular U with U^T U = damped^-1, its columns in `order`."""
-        return inverse_factor(self.in_order())
-
-    def in_order(self) -> Tensor:
-        """`damped`, rows and columns in `order`."""
-        return self.damped[self.order.unsqueeze(1), self.order]
-
-
-def inverse_factor(A: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`, whose diagonal is raised until that exists."""
-    step = DAMPING * A.diagonal().mean()
-    for power in range(8):
-        lower, failed = torch.linalg.cholesky_ex(A)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            factor: Tensor
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
+        """The upper triangular U with U^T U = damped^-1, in `order`; damped more where that does not exist."""
+        for power in range(8):
+            factor = _inverse_factor(self.damped(10.0**power))
+            if factor is not None:
                 return factor
-        A = A.clone()
-        A.diagonal().add_(10**power * step)
-    return torch.diag(A.diagonal().rsqrt())
+        return torch.diag(self.damped().diagonal().rsqrt())
+
+    def release(self) -> None:
+        """Lets `factor` go, which is as large as the metric."""
+        self.__dict__.pop("factor", None)
+
+
+def _inverse_factor(A: Tensor) -> Tensor | None:
+    """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`; None where rounding makes it none."""
+    lower, failed = torch.linalg.cholesky_ex(A)
+    del A
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed else factor
 
 
 @dataclass(frozen=True)

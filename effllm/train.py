@@ -63,7 +63,12 @@ def encode_unit(model: nn.Module, members: Mapping[str, Members], seen: Seen | N
     Raises:
         EffllmError: a weight holds NaN or inf.
     """
-    stored = {name: encode(model, codecs, seen.moments if seen else {}) for name, codecs in members.items()}
+    stored = {}
+    for name, codecs in members.items():
+        stored[name] = encode(model, codecs, seen.moments if seen else {})
+        for site in (site for sites in codecs.values() for site in sites):
+            if seen is not None:
+                seen.moments.pop(site.name, None)  # as large as a matrix, and used once
     return learn_block(seen, members, stored) if seen is not None and seen.examples else stored
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effllm.methods._feedback import column_weights
 from effllm.methods.quantize import Quantize
-from effllm.moments import Metric, Moments, inverse_factor
+from effllm.moments import Metric, Moments
 
 
 def correlated(columns: int, tokens: int = 400) -> Tensor:
@@ -68,7 +68,9 @@ def test_refining_never_costs_more(bits, group_size, symmetric, columns, rank, s
     weight = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
     A = size * correlated(columns, tokens=40 * rank)
     found = Moments(Metric(A[None], columns), torch.ones(9))
-    damped = Moments(Metric(found.solving.damped[None], columns), torch.ones(9))
+    metric = found.solving
+    place = metric.order.argsort()
+    damped = Moments(Metric(metric.damped()[place][:, place][None], columns), torch.ones(9))
     data = codec.encode(weight, found)
     better = codec.refine(data, weight, found)
     layouts = [{name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in (data, better)]
@@ -135,9 +137,11 @@ def test_a_diagonal_metric_is_rounding_to_nearest():
 
 
 def test_the_factor_inverts_and_weights_columns_by_what_is_left_of_them():
-    A = correlated(40) + 0.1 * torch.eye(40)
-    factor = inverse_factor(A)
-    assert torch.allclose(factor.t() @ factor @ A, torch.eye(40), atol=1e-2)
+    metric = Metric((correlated(40) + 0.1 * torch.eye(40))[None], 40)
+    damped, factor = metric.damped(), metric.factor
+    assert (damped.diagonal().diff() <= 0).all()
+    assert torch.allclose(factor.t() @ factor @ damped, torch.eye(40), atol=1e-2)
     assert torch.equal(factor, factor.triu())
-    metric = Metric(A[None], 40)
-    assert (column_weights(metric) <= metric.damped.diagonal() * 1.01).all()
+    assert (column_weights(metric)[metric.order] <= damped.diagonal() * 1.01).all()
+    metric.release()
+    assert torch.equal(metric.factor, factor)

@@ -52,13 +52,13 @@ def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
     return rounded
 
 
-def descend(weight: Tensor, rounded: Tensor, metric: Metric, snap: Snap) -> Tensor:
+def descend(weight: Tensor, rounded: Tensor, metric: Metric, A: Tensor, snap: Snap) -> Tensor:
     """`rounded`, which approximates `weight`, with every column once more at its best value on the grid, given all others.
 
-    Coordinate descent: e A e^T never rises. Both are `[rows, columns]`, fp32.
+    Coordinate descent: e A e^T never rises. Both are `[rows, columns]`, fp32; A is `metric.damped()`.
     """
     order = metric.order
-    columns, A, found = order.tolist(), metric.in_order(), torch.empty_like(rounded)
+    columns, found = order.tolist(), torch.empty_like(rounded)
     for rows in _portions(weight):
         now = rounded[rows].t()[order].contiguous()
         slope = A @ (weight[rows].float().t()[order] - now)

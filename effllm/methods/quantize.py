@@ -86,11 +86,12 @@ class Quantize(Codec):
             steps = torch.minimum(torch.maximum((values / own).round_(), -zero[part, group]), top[part, group])
             return steps.mul_(own)
 
-        steps = unpack(data["codes"], self.bits, columns).float() - spread(zero)
+        metric.release()
+        A, steps = metric.damped(), unpack(data["codes"], self.bits, columns).float() - spread(zero)
         for _ in range(ROUNDS):
-            scale = _refit(weight, steps, scale, metric, size)
+            scale = _refit(weight, steps, scale, metric.order, A, size)
             spacing = spread(scale)
-            steps = descend(weight, steps * spacing, metric, snap).div_(spacing).round_()
+            steps = descend(weight, steps * spacing, metric, A, snap).div_(spacing).round_()
         return self._stored((steps + spread(zero)).to(torch.uint8), scale.unsqueeze(-1), zero.unsqueeze(-1))
 
     def decode(self, data: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -220,22 +221,22 @@ def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[d
     return stored
 
 
-def _refit(weight: Tensor, steps: Tensor, scale: Tensor, metric: Metric, size: int) -> Tensor:
+def _refit(weight: Tensor, steps: Tensor, scale: Tensor, order: Tensor, A: Tensor, size: int) -> Tensor:
     """The scales `[rows, groups]` with the least e A e^T for each row's `steps` `[rows, columns]`: least squares, from
-    `scale` on. Rows that rounding to fp16 makes worse stay."""
-    (rows, groups), columns, A = scale.shape, weight.shape[1], metric.damped
-    found = torch.empty_like(scale)
+    `scale` on. Rows that rounding to fp16 makes worse stay. A has its columns in `order`."""
+    (rows, groups), columns = scale.shape, weight.shape[1]
+    found, place = torch.empty_like(scale), order.argsort()
 
     def by_group(x: Tensor) -> Tensor:
         return F.pad(x, (0, groups * size - columns)).view(len(x), groups, size).sum(-1)
 
     for part in torch.arange(rows, device=weight.device).split(max(1, FITTED // (groups * groups + columns))):
         own, first = steps[part], scale[part]
-        wanted = by_group(weight[part].float() @ A * own)
+        wanted = by_group((weight[part].float()[:, order] @ A)[:, place] * own)
         normal = torch.empty(len(part), groups, groups, device=A.device)
         for group in range(groups):
             run = slice(group * size, (group + 1) * size)
-            normal[:, :, group] = by_group(own[:, run] @ A[run] * own)
+            normal[:, :, group] = by_group((own[:, run] @ A[place[run]])[:, place] * own)
         diagonal = normal.diagonal(dim1=1, dim2=2)
         ridge = RIDGE * diagonal + torch.finfo(torch.float32).tiny
         ridge = torch.where(diagonal > 0, ridge, ridge.new_tensor(1.0))

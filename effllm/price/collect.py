@@ -123,7 +123,6 @@ def _price_gate(
     losses: dict[str, dict[str, float]] = {}
     predicted: dict[str, float] = {}
     changed: Weights = {}
-    unit = ""
     for site in source.sites:
         found = moments(sums[site.name], labels) if site.name in sums and site.name in options else None
         if found is None:
@@ -138,13 +137,19 @@ def _price_gate(
         unit = site.block or site.name
         predicted[unit] = predicted.get(unit, 0.0) + cost(decoded, weight, found)
         if site.parameter not in changed:
-            changed[site.parameter] = source.model.get_parameter(site.parameter).detach().clone()
+            _spool_probe(spool, changed)
+            changed = {site.parameter: source.model.get_parameter(site.parameter).detach().clone()}
         site.write(decoded, changed[site.parameter], source.model)
-        if site.block is None:
-            write_tensors(spool / f"probe-{unit}.safetensors", {site.parameter: changed.pop(site.parameter)})
-    if changed:
-        write_tensors(spool / f"probe-{unit}.safetensors", changed)
+        if site.block is not None:
+            for use in sums[site.name]:
+                use.A = use.A if use.is_lookup else None  # as large as a matrix: all that is kept of it is its price
+    _spool_probe(spool, changed)
     return losses, predicted
+
+
+def _spool_probe(spool: Path, changed: Weights) -> None:
+    for name, tensor in changed.items():
+        write_tensors(spool / f"probe-{name}.safetensors", {name: tensor})
 
 
 def cost(decoded: Tensor, weight: Tensor, found: Moments, step: int = 1 << 14) -> float:
@@ -171,7 +176,9 @@ def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool:
     units = {unit: unit for gate in journal.all("gate").values() for unit in gate["predicted"]}
 
     def changed(unit: str) -> Weights:
-        return read_tensors(spool / f"probe-{unit}.safetensors", source.device)
+        names = {site.parameter: spool / f"probe-{site.parameter}.safetensors" for site in source.sites
+                 if unit in (site.block, site.name)}  # fmt: skip
+        return {n: read_tensors(file, source.device)[n] for n, file in names.items() if file.exists()}
 
     return probe(source, _first(batches, PROBE_TOKENS), units, changed)
 

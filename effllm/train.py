@@ -63,12 +63,12 @@ def encode_unit(model: nn.Module, members: Mapping[str, Members], seen: Seen | N
     Raises:
         EffllmError: a weight holds NaN or inf.
     """
-    stored = {}
+    found, stored = seen.moments if seen is not None else {}, {}
     for name, codecs in members.items():
-        stored[name] = encode(model, codecs, seen.moments if seen else {})
-        for site in (site for sites in codecs.values() for site in sites):
-            if seen is not None:
-                seen.moments.pop(site.name, None)  # as large as a matrix, and used once
+        stored[name] = encode(model, codecs, found)
+        for sites in codecs.values():
+            for site in sites:
+                found.pop(site.name, None)  # as large as a matrix, and used once
     return learn_block(seen, members, stored) if seen is not None and seen.examples else stored
 
 
@@ -128,14 +128,13 @@ class _Learnt:
     @torch.no_grad()
     def stored(self) -> dict[str, Stored]:
         """What is stored now."""
-        dtypes = {(name, codec): tensors for name, codecs in self._given.items() for codec, tensors in codecs.items()}
-        return dict(self._given) | {
-            name: {
-                codec: {key: t.to(dtypes[name, codec][key].dtype) for key, t in data.items()}
-                for codec, data in now.items()
+        found = dict(self._given)
+        for name, now in self._now().items():
+            first = self._given[name]
+            found[name] = {
+                codec: {key: t.to(first[codec][key].dtype) for key, t in d.items()} for codec, d in now.items()
             }
-            for name, now in self._now().items()
-        }
+        return found
 
     def _now(self) -> dict[str, Stored]:
         """The stored tensors of parameters that change, in fp32 where they do."""

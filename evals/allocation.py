@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from peer_quantizers.reference import Reference
+from peers import write_atomically
 from torch import Tensor
 
 from effllm.allocation.spending import Priced, price_folder
@@ -206,13 +207,9 @@ def main() -> None:
     study = Study(folder, plan, windows)
     singles = study.single_changes(arguments.matrices, arguments.tokens)
     plans = rows_of_plans(study)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(singles, plans)
-    for file, text in ((arguments.out, json.dumps({"singles": singles, "plans": plans}, indent=2) + "\n"),
-                       (arguments.out.with_suffix(".md"), table)):  # fmt: skip
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
-            stream.write(text)
-        Path(stream.name).replace(file)
+    write_atomically(arguments.out, json.dumps({"singles": singles, "plans": plans}, indent=2) + "\n")
+    write_atomically(arguments.out.with_suffix(".md"), table)
     assert all(math.isfinite(row["kl"]) for row in plans)
     print(table)
 

@@ -144,11 +144,16 @@ class Source(ABC):
             for name, tensor in own.items():
                 self._put(name, tensor)
 
-    def quickly(self) -> contextlib.AbstractContextManager[Any]:
-        """While it is open, products are as exact as the model's own dtype has them, where that is quicker: what is resident
-        in fp32 on a CPU with instructions for bf16, say, is multiplied several times as fast."""
+    @property
+    def quick_dtype(self) -> torch.dtype | None:
+        """What products of weights that are resident in fp32 may be computed in, several times as fast: the model's own
+        dtype of two bytes, on a CPU with instructions for it."""
         dtype = arithmetic(self.own_dtype, self.device)
-        return torch.autocast(self.device.type, dtype, dtype in HALVES and self.device.type == "cpu")
+        return dtype if dtype in HALVES and self.device.type == "cpu" else None
+
+    def quickly(self) -> contextlib.AbstractContextManager[Any]:
+        """While it is open, products are computed in `quick_dtype`, where there is one."""
+        return torch.autocast(self.device.type, self.quick_dtype, self.quick_dtype is not None)
 
     def units_of(self, sites: Iterable[Site]) -> list[str]:
         """The units that hold these weights."""

@@ -128,8 +128,7 @@ class Sweep:
 
     def _in_half(self, sites: Sequence[Site]) -> contextlib.AbstractContextManager[None]:
         """Weights in the dtype in which they are multiplied: a large head would be cast for every few tokens."""
-        with self.source.quickly():
-            half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        half = self.source.quick_dtype
         names = {site.parameter for site in sites} if half else set()
         return self.source.changed({name: self.source.model.get_parameter(name).to(half) for name in names}, cast=False)
 

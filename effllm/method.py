@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 from torch import Tensor, nn
 
 from effllm.errors import UsageError, nearest
@@ -192,6 +192,8 @@ def method_class(name: str, kind: type[Method] = Method) -> type[Any]:
 def from_spec(spec: str | dict[str, Any] | Method, kind: type[Method] = Method) -> Any:
     """A method from `"quantize"`, `"quantize:bits=6,group_size=32"`, `{"quantize": {"bits": 6}}` or itself.
 
+    The codec inside another one comes last: `"hadamard:codec=quantize:bits=6,group_size=32"`.
+
     Raises:
         UsageError: an unknown method or setting (the message names the nearest), or a value that it does not take.
     """
@@ -199,8 +201,10 @@ def from_spec(spec: str | dict[str, Any] | Method, kind: type[Method] = Method) 
         return spec
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
+        rest, found, inner = rest.partition("codec=")
         pairs = [item.partition("=") for item in rest.split(",") if item]
         settings: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
+        settings |= {"codec": inner} if found else {}
     elif isinstance(spec, dict) and len(spec) == 1:
         name, settings = next(iter(spec.items()))
         settings = settings or {}
@@ -233,3 +237,8 @@ def _fields_at(cls: type[BaseModel], location: tuple[str | int, ...]) -> list[st
             candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
             cls = next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), cls)
     return list(cls.model_fields)
+
+
+as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
+CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), as_spec]
+"""A codec as a field of a plan, or of a codec that is made of another."""

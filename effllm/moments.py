@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal, added to it before a factorisation
+CHUNK = 1 << 20  # numbers that are moved at once
+INVERTED_AT_ONCE = 256  # columns
 
 
 class Metric:
@@ -78,16 +80,42 @@ class Metric:
 
 
 def _inverse_factor(A: Tensor) -> Tensor | None:
-    """The upper triangular U with U^T U = A^-1, for a symmetric A `[n, n]`; None where rounding makes it none."""
-    lower, failed = torch.linalg.cholesky_ex(A)
-    del A
-    if failed:
+    """The upper triangular U with U^T U = A^-1, in the memory of a symmetric A `[n, n]`; None where rounding makes it none.
+
+    With rows and columns in reverse order A = L L^T; so U is the inverse of L, back in order.
+    """
+    _reverse(A)
+    lower, info = A.mT, torch.empty((), dtype=torch.int32, device=A.device)  # transposed it lies as LAPACK wants it
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if info:
         return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed else factor
+    _invert_lower(lower)
+    _reverse(A)
+    return lower if lower.sum().isfinite() else None
+
+
+def _reverse(A: Tensor) -> None:
+    """Rows and columns in reverse order, in place: those of a contiguous matrix are its numbers in reverse order."""
+    numbers = A.view(-1)
+    for start in range(0, len(numbers) // 2, CHUNK):
+        stop = min(start + CHUNK, len(numbers) // 2)
+        front, back = numbers[start:stop], numbers[len(numbers) - stop : len(numbers) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def _invert_lower(L: Tensor) -> None:
+    """Inverts a lower triangular matrix in place, half by half."""
+    if len(L) <= INVERTED_AT_ONCE:
+        one = torch.eye(len(L), device=L.device)
+        L.copy_(torch.linalg.solve_triangular(L, one, upper=False))
+        return
+    half = len(L) // 2
+    first, second, below = L[:half, :half], L[half:, half:], L[half:, :half]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_(-(second @ below) @ first)
 
 
 @dataclass(frozen=True)

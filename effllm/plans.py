@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from effllm.allocation.budget import Budget
 from effllm.errors import UsageError, nearest
-from effllm.method import Codec, Edit, Score, from_spec, method_class, validated
+from effllm.method import Codec, CodecField, Edit, Score, as_spec, from_spec, method_class, validated
 from effllm.site import Site
 
 Effort = Literal["fast", "normal", "best"]
@@ -44,9 +44,7 @@ def _choice(value: Any) -> str | Codec:
     return from_spec(value, Codec)  # type: ignore[no-any-return]
 
 
-_as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
-CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), _as_spec]
-EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), _as_spec]
+EditField = Annotated[Edit, BeforeValidator(lambda value: from_spec(value, Edit)), as_spec]
 ChoiceField = Annotated[
     str | Codec,
     BeforeValidator(_choice),
@@ -54,7 +52,7 @@ ChoiceField = Annotated[
 ]
 BudgetField = Annotated[str, AfterValidator(_budget)]
 MemoryField = Annotated[str, AfterValidator(_memory)]
-ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), _as_spec]
+ScoreField = Annotated[Score, BeforeValidator(lambda value: from_spec(value, Score)), as_spec]
 
 
 class _Strict(BaseModel):

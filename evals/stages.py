@@ -2,13 +2,17 @@
 
     python evals/stages.py MODEL_FOLDER --out results/stages.json
 
-Only the Linear weights of the blocks are quantised. At each budget the allocation is the same for all rows:
+Only the Linear weights of the blocks are quantised. What may be chosen is `quantize`, at each budget the same allocation for
+all of these rows:
 
 - nearest: codes rounded to nearest, ranges searched;
 - feedback: what rounding a column loses is made up for by later ones, in the metric of the expected KL;
 - refined: then scales and codes are fitted to each other in turns (`--effort normal`);
 - learnt: then the scales of each block are learnt on its output (`--effort best`);
-- ..., compressed: the last two for the inputs that compressed blocks give.
+- ..., compressed: refined for the inputs that compressed blocks give.
+
+Then scaled inputs (`awq`) or rotated ones (`hadamard`) are offered too, each matrix getting what its prices favour, or
+all have to be rotated.
 
 KL, perplexity and agreement with the original are measured on held-out text, errors over windows; seconds are those of the
 rewrite, after prices are known. Rows that stand in OUT are skipped.
@@ -20,6 +24,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,16 +39,24 @@ from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.layers.placing import Members, Stored, by_parameter, decode_stored
 from effllm.loading import load
 from effllm.method import Codec
-from effllm.plans import load_plan
+from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.statistics.again import Seen
 from effllm.train import encode_unit
 
 Stage = Literal["nearest", "feedback", "refined", "learnt"]
-STAGES: list[tuple[Stage, str]] = [
-    ("nearest", "original"), ("feedback", "original"), ("refined", "original"), ("learnt", "original"),
-    ("refined", "compressed"), ("learnt", "compressed"),
+PLAIN, SCALED, BOTH, ROTATED = ("quantize",), ("quantize", "awq"), ("quantize", "hadamard"), ("hadamard",)
+ROWS: list[tuple[tuple[str, ...], Stage, str]] = [
+    (PLAIN, "nearest", "original"), (PLAIN, "feedback", "original"), (PLAIN, "refined", "original"),
+    (SCALED, "refined", "original"), (ROTATED, "refined", "original"), (BOTH, "refined", "original"),
+    (BOTH, "learnt", "original"), (BOTH, "refined", "compressed"),
 ]  # fmt: skip
+
+
+def planned(choose: Sequence[str], samples: int, **spending: str) -> Plan:
+    """A budget spent on the blocks among the options of some codecs."""
+    values = {"budget": "4.25bpw", "steps": [{"sites": ["blocks"], "choose": list(choose)}]}
+    return load_plan(values).override(excludes=["embeddings", "head"], spending=spending, samples=samples)
 
 
 def rewrite(priced: Priced, assigned: dict[str, Codec], stage: Stage) -> dict[str, Tensor]:
@@ -74,10 +87,12 @@ def encoded(members: dict[str, Members], seen: Seen, stage: Stage) -> dict[str, 
     return stored
 
 
-def run(folder: Path, budget: float, stage: Stage, inputs: str, samples: int, reference: Reference) -> dict[str, Any]:
+def run(
+    folder: Path, budget: float, choose: Sequence[str], stage: Stage, inputs: str, samples: int, reference: Reference
+) -> dict[str, Any]:
     """One row."""
-    spending = {"budget": f"{budget}bpw", "effort": "best" if stage == "learnt" else "normal", "inputs": inputs}
-    plan = load_plan("budget").override(excludes=["embeddings", "head"], spending=spending, samples=samples)
+    effort = "best" if stage == "learnt" else "normal"
+    plan = planned(choose, samples, budget=f"{budget}bpw", effort=effort, inputs=inputs)
     checkpoint = Checkpoint.open(folder)
     priced = price_folder(plan, checkpoint)
     solution = priced.solution(priced.source.model, checkpoint.stored_bytes, {})
@@ -89,16 +104,17 @@ def run(folder: Path, budget: float, stage: Stage, inputs: str, samples: int, re
         model.get_parameter(name).data.copy_(tensor)
     bits = 8 * solution.nbytes / sum(site.size for site in priced.source.sites if site.name in priced.options)
     figures = reference.compare(model).figures()
-    return {"budget": budget, "bits_per_weight": bits, "stage": stage, "inputs": inputs, "seconds": seconds,
-            "predicted_kl": priced.predicted(solution.assigned), **figures}  # fmt: skip
+    return {"budget": budget, "bits_per_weight": bits, "choose": list(choose), "stage": stage, "inputs": inputs,
+            "seconds": seconds, "predicted_kl": priced.predicted(solution.assigned), **figures}  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| bits | stage | inputs | rewrite s | KL ± se | perplexity | top-1 |", "|---|---|---|---|---|---|---|"]
+    lines = ["| bits | offered | stage | inputs | rewrite s | KL ± se | perplexity | top-1 |", "|" + 8 * "---|"]
     for row in sorted(rows, key=lambda row: row["budget"]):
         lines.append(
-            f"| {row['bits_per_weight']:.3f} | {row['stage']} | {row['inputs']} | {row['seconds']:.0f} "
-            f"| {row['kl']:.4f} ± {row['kl_stderr']:.4f} | {row['perplexity']:.2f} | {100 * row['top1_agreement']:.1f} % |"
+            f"| {row['bits_per_weight']:.3f} | {', '.join(row['choose'])} | {row['stage']} | {row['inputs']} "
+            f"| {row['seconds']:.0f} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} | {row['perplexity']:.2f} "
+            f"| {100 * row['top1_agreement']:.1f} % |"
         )
     return "\n".join(lines) + "\n"
 
@@ -120,10 +136,12 @@ def main() -> None:
         reference = Reference(
             load(folder, dtype=torch.float32), windows, Path(scratch) / "reference.safetensors", "own"
         )
+        price_folder(planned([*SCALED, *ROTATED], arguments.samples), Checkpoint.open(folder))
         for budget in arguments.budgets:
-            for stage, inputs in STAGES:
-                if not any((row["budget"], row["stage"], row["inputs"]) == (budget, stage, inputs) for row in rows):
-                    rows.append(run(folder, budget, stage, inputs, arguments.samples, reference))
+            for choose, stage, inputs in ROWS:
+                wanted = {"budget": budget, "choose": list(choose), "stage": stage, "inputs": inputs}
+                if not any(all(row[key] == value for key, value in wanted.items()) for row in rows):
+                    rows.append(run(folder, budget, choose, stage, inputs, arguments.samples, reference))
                     write_atomically(arguments.out, json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 

@@ -23,7 +23,10 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     shape = {name: tuple(entry["shape"]) for entry in config["shapes"] for name in unfold(entry["sites"])}
     found = {}
     for entry in config["sites"]:
-        assert entry["method"] == "quantize"
+        maps, settings = entry["method"], entry["settings"]
+        if "codec" in settings:
+            ((method, settings),) = settings["codec"].items()
+        assert maps in ("quantize", "hadamard", "awq") and (maps == "quantize" or method == "quantize")
         names = unfold(entry["sites"])
         for name in names:
             keys = [key for key in ("codes", "scale", "zero") if f"{name}.{key}" in tensors]
@@ -33,9 +36,9 @@ def read(folder: Path) -> dict[str, np.ndarray]:
                 experts = sorted(int(n.rpartition(".")[2]) for n in names if n.rpartition(".")[0] == parameter)
                 for position, expert in enumerate(experts):
                     one = {key: tensor[position] for key, tensor in stored.items()}
-                    found[f"{parameter}.{expert}"] = decode(one, shape[name], **entry["settings"])
+                    found[f"{parameter}.{expert}"] = undo(maps, tensors, name, decode(one, shape[name], **settings))
             elif keys:
-                found[name] = decode(stored, shape[name], **entry["settings"])
+                found[name] = undo(maps, tensors, name, decode(stored, shape[name], **settings))
     return found
 
 
@@ -44,7 +47,7 @@ def read_packed(folder: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "np") as handle:
-            names = [name for name in handle.keys() if name.endswith((".codes", ".scale", ".zero"))]  # noqa: SIM118
+            names = [name for name in handle.keys() if name.endswith((".codes", ".scale", ".zero", ".input_scale"))]  # noqa: SIM118
             tensors |= {name: handle.get_tensor(name) for name in names}
     return tensors
 
@@ -84,3 +87,19 @@ def decode(stored: dict[str, np.ndarray], shape: tuple[int, int], bits, group_si
     zero = 2 ** (bits - 1) if symmetric else unpack(stored["zero"], bits, groups).repeat(size, 1)[:, :columns]
     scale = stored["scale"].astype(np.float32).repeat(size, 1)[:, :columns]
     return ((unpack(stored["codes"], bits, columns) - zero).astype(np.float32) * scale).reshape(shape)
+
+
+def undo(maps: str, tensors: dict[str, np.ndarray], name: str, matrix: np.ndarray) -> np.ndarray:
+    """The matrix for the inputs as they come, of one that was stored for rotated or scaled ones."""
+    if maps == "awq":
+        return matrix / tensors[f"{name}.input_scale"].astype(np.float32)
+    if maps == "hadamard":
+        columns = matrix.shape[1]
+        size = min(columns & -columns, 128)
+        block = np.ones((1, 1), np.float32)
+        while len(block) < size:
+            block = np.block([[block, block], [block, -block]])
+        signs = [1 - 2 * (bin(j & j >> 1).count("1") % 2) for j in range(columns)]
+        turned = matrix.reshape(len(matrix), -1, size) @ (block / np.sqrt(size, dtype=np.float32))
+        return turned.reshape(matrix.shape) * np.array(signs, np.float32)
+    return matrix

@@ -36,13 +36,17 @@ def test_stages_have_a_row_each_and_lose_less_from_one_to_the_next(folder, tmp_p
     out = tmp_path / "stages.json"
     arguments = (folder, "--out", out, "--samples", 4, "--windows", 2, "--budgets", 3, "--threads", 1)
     script("stages", monkeypatch, *arguments).main()
-    rows = {(row["stage"], row["inputs"]): row for row in json.loads(out.read_text())}
-    assert len(rows) == 6 and "| learnt | compressed |" in capsys.readouterr().out
-    losses = [rows[stage, "original"]["kl"] for stage in ("nearest", "feedback", "refined")]
+    rows = {(*row["choose"], row["stage"], row["inputs"]): row for row in json.loads(out.read_text())}
+    assert len(rows) == 8 and "| quantize, hadamard | learnt | original |" in capsys.readouterr().out
+    losses = [rows["quantize", stage, "original"]["kl"] for stage in ("nearest", "feedback", "refined")]
     assert losses == sorted(losses, reverse=True)
-    assert (
-        len({row["bits_per_weight"] for row in rows.values()}) == 1 and rows["learnt", "original"]["predicted_kl"] > 0
-    )
+    predicted = {key: row["predicted_kl"] for key, row in rows.items()}
+    plain = predicted["quantize", "refined", "original"]
+    assert len({predicted["quantize", stage, "original"] for stage in ("nearest", "feedback", "refined")}) == 1
+    for offered in ("awq", "hadamard"):
+        assert 0 < predicted["quantize", offered, "refined", "original"] <= plain, (
+            "more to choose from never costs more"
+        )
     again = script("stages", monkeypatch, *arguments)
     monkeypatch.setattr(again, "run", None)  # rows that stand are not made again
     again.main()

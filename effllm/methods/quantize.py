@@ -146,7 +146,9 @@ class Quantize(Codec):
     def _fit(self, x: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every group, `[rows, groups, 1]`; errors count by `importance` `[groups, size]`."""
         low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
-        return self._search(x, low, high, importance) if self.range == "search" else self._scale(low, high)
+        if self.range == "minmax" or x.is_meta:  # shapes need no search
+            return self._scale(low, high)
+        return self._search(x, low, high, importance)
 
     def _stored(self, codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
         stored = {"codes": pack(codes, self.bits), "scale": scale.squeeze(-1).half()}

@@ -375,6 +375,7 @@ class StoredModel(Source):
             raise EffllmError(self._misfit(*mismatched[0]))
         for module in {self._owner(name) for name in expected}:
             module._apply(lambda t: t if t.is_meta else t.to(self.device), recurse=False)
+            module.requires_grad_(False)  # a gradient of a block's weights would be as large as the block
 
     def raw(self, key: str) -> Tensor:
         """One tensor of the checkpoint exactly as it is stored."""

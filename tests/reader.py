@@ -95,7 +95,7 @@ def undo(maps: str, tensors: dict[str, np.ndarray], name: str, matrix: np.ndarra
         return matrix / tensors[f"{name}.input_scale"].astype(np.float32)
     if maps == "hadamard":
         columns = matrix.shape[1]
-        size = min(columns & -columns, 128)
+        size = min(columns & -columns, 64)
         block = np.ones((1, 1), np.float32)
         while len(block) < size:
             block = np.block([[block, block], [block, -block]])

@@ -53,6 +53,8 @@ def test_settings_round_trip(name):
     for method in candidates:
         assert from_spec({name: method.settings()}) == method
         assert hash(from_spec({name: method.settings()})) == hash(method)
+    labels = [method.label() for method in candidates]
+    assert len(set(labels)) == len(labels), "prices are kept by label"
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -29,7 +29,7 @@ class MapsInputs(Codec):
 
     @abstractmethod
     def into(self, weight: Tensor, data: Data) -> Tensor:
-        """W T for W `[..., columns]`, in fp32."""
+        """W T for W `[..., columns]`."""
 
     @abstractmethod
     def back(self, weight: Tensor, data: Data) -> Tensor:
@@ -37,7 +37,7 @@ class MapsInputs(Codec):
 
     @abstractmethod
     def inputs(self, x: Tensor, data: Data) -> Tensor:
-        """x T^-T for x `[..., columns]`, in fp32."""
+        """x T^-T for x `[..., columns]`."""
 
     @field_validator("codec")
     @classmethod
@@ -51,7 +51,10 @@ class MapsInputs(Codec):
         return self.codec.trainable
 
     def label(self) -> str:
-        return f"{self.name()}:codec={self.codec.label()}"
+        own = self.model_dump(exclude={"codec"}, exclude_defaults=True)
+        return f"{self.name()}:" + ",".join(
+            [*(f"{key}={value}" for key, value in own.items()), f"codec={self.codec.label()}"]
+        )
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         own = self.fit(torch.empty(shape, device="meta"), None)
@@ -72,13 +75,14 @@ class MapsInputs(Codec):
         for members in alike.values():
             first, inner = members[0], [member.codec for member in members]
             data = first.fit(weight, moments)
-            mapped, seen = first.into(weight, data), first._seen(moments, data)
+            mapped, seen = first.into(weight.float(), data), first._seen(moments, data)
             encoded = type(inner[0]).encode_each(inner, mapped, seen)
             found |= {member: {**one, **data} for member, one in zip(members, encoded, strict=True)}
         return [found[codec] for codec in own]
 
     def refine(self, data: Data, weight: Tensor, moments: Moments) -> Data:
-        return {**data, **self.codec.refine(data, self.into(weight, data), cast(Moments, self._seen(moments, data)))}
+        seen = cast(Moments, self._seen(moments, data))
+        return {**data, **self.codec.refine(data, self.into(weight.float(), data), seen)}
 
     def decode(self, data: Data, shape: tuple[int, int]) -> Tensor:
         return self.back(self.codec.decode(data, shape), data)

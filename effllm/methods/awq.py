@@ -41,9 +41,7 @@ class Awq(MapsInputs):
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
-        return [
-            cls(codec=option, exponent=exponent) for exponent in (0.125, 0.25, 0.5) for option in Quantize.grid(site)
-        ]
+        return [cls(codec=option, exponent=exponent) for exponent in (0.125, 0.25) for option in Quantize.grid(site)]
 
     def fit(self, weight: Tensor, moments: Moments | None) -> Data:
         columns = weight.shape[1]
@@ -55,10 +53,10 @@ class Awq(MapsInputs):
         return {"input_scale": (sizes / sizes.log().mean().exp()).clamp(SMALLEST, LARGEST).half()}
 
     def into(self, weight: Tensor, data: Data) -> Tensor:
-        return weight.float() * data["input_scale"]
+        return weight * data["input_scale"]
 
     def back(self, weight: Tensor, data: Data) -> Tensor:
-        return weight.float() / data["input_scale"]
+        return weight / data["input_scale"]
 
     def inputs(self, x: Tensor, data: Data) -> Tensor:
-        return x.float() / data["input_scale"]
+        return x / data["input_scale"]

@@ -16,15 +16,15 @@ from effllm.moments import Moments
 if TYPE_CHECKING:
     from effllm.site import Site
 
-LARGEST, SMALLEST = 128, 32  # columns that a block mixes
+LARGEST, SMALLEST = 64, 32  # columns that a block mixes
 
 
 class Hadamard(MapsInputs):
     """Weights stored for rotated inputs: blocks of columns are mixed by a Hadamard matrix, then encoded by `codec`.
 
-    W x = (W R)(R^T x) with R = diag(s) H: H has Hadamard blocks of the largest power of two, 128 at most, that divides
+    W x = (W R)(R^T x) with R = diag(s) H: H has Hadamard blocks of the largest power of two, 64 at most, that divides
     the columns, and s_j = +-1 is the Rudin-Shapiro sequence, the parity of the places at which j has two ones in a row, so
-    that nothing is stored of R. Inputs are rotated as they come (128 additions and subtractions a number, little beside a
+    that nothing is stored of R. Inputs are rotated as they come (64 additions and subtractions a number, little beside a
     matrix of thousands of rows), whatever model they come from; so no neighbour has to take up the inverse.
 
     Rotated columns have no outliers, which a grid represents badly. The metric of the calibration data is rotated with
@@ -49,13 +49,13 @@ class Hadamard(MapsInputs):
         return {}
 
     def into(self, weight: Tensor, data: Data) -> Tensor:
-        block, signs = rotation(weight.shape[-1], weight.device)
-        turned: Tensor = weight.float().unflatten(-1, signs.shape) * signs @ block
+        block, signs = rotation(weight.shape[-1], weight.dtype, weight.device)
+        turned: Tensor = weight.unflatten(-1, signs.shape) * signs @ block * len(block) ** -0.5
         return turned.flatten(-2)
 
     def back(self, weight: Tensor, data: Data) -> Tensor:
-        block, signs = rotation(weight.shape[-1], weight.device)
-        turned: Tensor = weight.float().unflatten(-1, signs.shape) @ block * signs
+        block, signs = rotation(weight.shape[-1], weight.dtype, weight.device)
+        turned: Tensor = weight.unflatten(-1, signs.shape) @ block * len(block) ** -0.5 * signs
         return turned.flatten(-2)
 
     def inputs(self, x: Tensor, data: Data) -> Tensor:
@@ -68,13 +68,12 @@ def block_size(columns: int) -> int:
 
 
 @cache
-def rotation(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The symmetric orthogonal block `[size, size]` and the signs `[columns / size, size]`, fp32."""
-    size = block_size(columns)
+def rotation(columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The Hadamard block `[size, size]` and the signs `[columns / size, size]`, all 1 or -1: exact in any dtype."""
     block = torch.ones(1, 1)
-    while len(block) < size:
+    while len(block) < block_size(columns):
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
     pairs = torch.arange(columns)
     pairs &= pairs >> 1
     parity = ((pairs.unsqueeze(1) >> torch.arange(columns.bit_length())) & 1).sum(1) % 2
-    return (block / size**0.5).to(device), (1.0 - 2.0 * parity).view(-1, size).to(device)
+    return block.to(device, dtype), (1.0 - 2.0 * parity).view(-1, len(block)).to(device, dtype)

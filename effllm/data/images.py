@@ -166,16 +166,17 @@ def _folder(path: Path) -> ImageSource:
         found = "both images and subfolders of images" if flat else "no image"
         raise EffllmError(f"{path} holds {found}; give a folder of images, or of one subfolder of images a class")
     if flat:
-        return ImageSource(str(path), len(flat), lambda number: _read(flat[number]))
+        return ImageSource(str(path), len(flat), lambda number: read_image(flat[number]))
     files = [file for name in classes for file in members[name]]
     numbered = all(name.isdecimal() for name in classes)
     labels = [int(name) if numbered else index for index, name in enumerate(classes) for _ in members[name]]
     return ImageSource(
-        str(path), len(files), lambda number: _read(files[number]), labels, None if numbered else classes
+        str(path), len(files), lambda number: read_image(files[number]), labels, None if numbered else classes
     )
 
 
-def _read(file: Path) -> Any:
+def read_image(file: Path) -> Any:
+    """The picture in a file, as a Pillow image."""
     from PIL import Image
 
     try:

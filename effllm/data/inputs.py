@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from effllm.data.images import image_batches
 from effllm.data.own import own_windows
+from effllm.data.pairs import holds_pairs, pair_batches
 from effllm.data.speech import speech_batches
-from effllm.data.text import load_tokenizer, token_windows
+from effllm.data.text import load_tokenizer, split_weight, token_windows
 from effllm.errors import UsageError
 from effllm.plans import Calibration, Plan
 from effllm.source import Batch
@@ -66,11 +67,11 @@ def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) 
     """Calibration data for `model` as batches of its inputs, in its dtype, by the tokenizer or processor of `folder`.
 
     Raises:
-        UsageError, EffllmError: see `token_windows`, `image_batches`, `speech_batches`.
+        UsageError, EffllmError: see `token_windows`, `pair_batches`, `image_batches`, `speech_batches`.
     """
     kind = modality(model)
     if kind == "text":
-        return calibration_batches(settings, load_tokenizer(folder), folder)
+        return _text_and_pairs(settings, model, folder)
     if kind == "images":
         batches = list(image_batches(folder, settings.sources, settings.samples, BATCH))
     else:
@@ -80,6 +81,27 @@ def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) 
         "calibration: %s, %d %s", ", ".join(settings.sources), count, "images" if kind == "images" else "recordings"
     )
     return [{name: _cast(tensor, model) for name, tensor in batch.items()} for batch in batches]
+
+
+def _text_and_pairs(settings: Calibration, model: PreTrainedModel, folder: Path) -> list[Batch]:
+    """Text, and images with text where a source is a folder of them."""
+    weighted = {source: split_weight(source) for source in settings.sources}
+    shares = {
+        source: weight / sum(weight for _, weight in weighted.values()) for source, (_, weight) in weighted.items()
+    }
+    pairs = [source for source, (name, _) in weighted.items() if holds_pairs(name)]
+    text = [source for source in settings.sources if source not in pairs]
+    batches: list[Batch] = []
+    for source in pairs:
+        count = max(1, round(settings.samples * shares[source]))
+        found = pair_batches(folder, weighted[source][0], count)
+        logger.info("calibration: %s, %d images with text", source, len(found))
+        batches += [{name: _cast(tensor, model) for name, tensor in batch.items()} for batch in found]
+    if text:
+        count = max(1, round(settings.samples * sum(shares[source] for source in text)))
+        rest = settings.model_copy(update={"sources": text, "samples": count})
+        batches += calibration_batches(rest, load_tokenizer(folder), folder)
+    return batches
 
 
 def _cast(tensor: Tensor, model: PreTrainedModel) -> Tensor:

@@ -56,7 +56,7 @@ def token_windows(
         UsageError: a source that is no file, folder or dataset id, or a bad weight.
         EffllmError: text too short for one window, or a dataset that cannot be read.
     """
-    weighted = [_split_weight(source) for source in sources]
+    weighted = [split_weight(source) for source in sources]
     total = sum(weight for _, weight in weighted)
     windows = []
     for source, weight in weighted:
@@ -71,7 +71,8 @@ def token_windows(
     return torch.cat(windows)
 
 
-def _split_weight(source: str) -> tuple[str, float]:
+def split_weight(source: str) -> tuple[str, float]:
+    """A calibration source and its weight, which may stand behind an @."""
     name, at, weight = source.rpartition("@")
     if not at or Path(source).exists():
         return source, 1.0
@@ -86,9 +87,9 @@ def _split_weight(source: str) -> tuple[str, float]:
 
 def text_identity(source: str) -> list[Any]:
     """What tells a changed text from an unchanged one: name, size and modification time of every file of `source`."""
-    if _split_weight(source)[0] == SELF:
+    if split_weight(source)[0] == SELF:
         return [source]
-    path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(_split_weight(source)[0])
+    path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(split_weight(source)[0])
     members = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in members]
     facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in zip(names, members, strict=True)]

@@ -184,13 +184,15 @@ def _probe(source: Source, batches: Sequence[Batch], journal: RunJournal, spool:
 
 
 def _first(batches: Sequence[Batch], positions: int) -> list[Batch]:
-    """The first inputs, as many as have about so many positions between them; of anything but tokens, 64."""
-    name = next(iter(batches[0]))
+    """The first inputs, as many as have about so many positions between them; of anything but tokens, 64. A batch whose
+    inputs cannot be told apart (patches of several images in one tensor) is taken whole."""
+    name = next((key for key in batches[0] if key == "input_ids"), next(iter(batches[0])))
     length = batches[0][name].shape[1] if name == "input_ids" else positions // 64
     count = max(1, positions // length)
     found: list[Batch] = []
     for batch in batches:
-        taken = sum(len(one[name]) for one in found)
-        if taken < count:
-            found.append({key: value[: count - taken] for key, value in batch.items()})
+        left = count - sum(len(one[name]) for one in found)
+        if left > 0:
+            apart = all(len(tensor) == len(batch[name]) for tensor in batch.values())
+            found.append({key: tensor[:left] for key, tensor in batch.items()} if apart else batch)
     return found

@@ -82,7 +82,8 @@ class MapsInputs(Codec):
 
     def refine(self, data: Data, weight: Tensor, moments: Moments) -> Data:
         seen = cast(Moments, self._seen(moments, data))
-        return {**data, **self.codec.refine(data, self.into(weight.float(), data), seen)}
+        inner = {name: data[name] for name in self.codec.layout((weight.shape[0], weight.shape[1]))}
+        return {**data, **self.codec.refine(inner, self.into(weight.float(), data), seen)}
 
     def decode(self, data: Data, shape: tuple[int, int]) -> Tensor:
         return self.back(self.codec.decode(data, shape), data)

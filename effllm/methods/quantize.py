@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratch tensor, both fp32, fit a core's cache
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
 ROUNDS = 2  # of fitting scales to codes and codes to scales
-FITTED = 1 << 24  # numbers in memory for it
+REFINED, FITTED = 1 << 24, 1 << 24  # weights at a time, and numbers in memory for fitting their scales
+IN_CACHE = 128  # rows
 RIDGE = 1e-3  # of the diagonal, against groups that can hardly be told apart
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
@@ -72,7 +73,18 @@ class Quantize(Codec):
         """Scales fitted to the codes, then codes to the scales, a few times over."""
         if self.group_size == "tensor":
             return data
-        (rows, columns), metric = weight.shape, moments.solving
+        metric = moments.solving
+        metric.release()
+        A, step = metric.damped(), max(1, REFINED // weight.shape[1])
+        parts = []
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            own = {name: tensor[rows] for name, tensor in data.items()}
+            parts.append(self._refined(own, weight[rows].float(), metric, A))
+        return {name: torch.cat([part[name] for part in parts]) for name in data}
+
+    def _refined(self, data: dict[str, Tensor], weight: Tensor, metric: Metric, A: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
         size, groups = self._groups(columns)
         scale, zero = data["scale"].float(), self._zeros(data, rows, groups)
         top = 2**self.bits - 1 - zero
@@ -86,10 +98,11 @@ class Quantize(Codec):
             steps = torch.minimum(torch.maximum((values / own).round_(), -zero[part, group]), top[part, group])
             return steps.mul_(own)
 
-        metric.release()
-        A, steps = metric.damped(), unpack(data["codes"], self.bits, columns).float() - spread(zero)
+        steps = unpack(data["codes"], self.bits, columns).float() - spread(zero)
+        place = metric.order.argsort()
+        wanted = (weight[:, metric.order] @ A)[:, place]
         for _ in range(ROUNDS):
-            scale = _refit(weight, steps, scale, metric.order, A, size)
+            scale = _refit(wanted, steps, scale, place, A, size)
             spacing = spread(scale)
             steps = descend(weight, steps * spacing, metric, A, snap).div_(spacing).round_()
         return self._stored((steps + spread(zero)).to(torch.uint8), scale.unsqueeze(-1), zero.unsqueeze(-1))
@@ -223,26 +236,28 @@ def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[d
     return stored
 
 
-def _refit(weight: Tensor, steps: Tensor, scale: Tensor, order: Tensor, A: Tensor, size: int) -> Tensor:
+def _refit(wanted: Tensor, steps: Tensor, scale: Tensor, place: Tensor, A: Tensor, size: int) -> Tensor:
     """The scales `[rows, groups]` with the least e A e^T for each row's `steps` `[rows, columns]`: least squares, from
-    `scale` on. Rows that rounding to fp16 makes worse stay. A has its columns in `order`."""
-    (rows, groups), columns = scale.shape, weight.shape[1]
-    found, place = torch.empty_like(scale), order.argsort()
+    `scale` on. Rows that rounding to fp16 makes worse stay. `wanted` is W A; A has the matrix's column j at `place[j]`."""
+    (rows, groups), columns = scale.shape, steps.shape[1]
+    found = torch.empty_like(scale)
 
     def by_group(x: Tensor) -> Tensor:
-        return F.pad(x, (0, groups * size - columns)).view(len(x), groups, size).sum(-1)
+        return F.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size).sum(-1)
 
-    for part in torch.arange(rows, device=weight.device).split(max(1, FITTED // (groups * groups + columns))):
+    for part in torch.arange(rows, device=A.device).split(max(1, FITTED // (groups * groups + columns))):
         own, first = steps[part], scale[part]
-        wanted = by_group((weight[part].float()[:, order] @ A)[:, place] * own)
-        normal = torch.empty(len(part), groups, groups, device=A.device)
+        normal = torch.zeros(len(part), groups, groups, device=A.device)
         for group in range(groups):
-            run = slice(group * size, (group + 1) * size)
-            normal[:, :, group] = by_group((own[:, run] @ A[place[run]])[:, place] * own)
+            begin, end = group * size, min((group + 1) * size, columns)
+            later = A[place[begin:end]][:, place[begin:]]
+            for few, into in zip(own.split(IN_CACHE), normal.split(IN_CACHE), strict=True):
+                into[:, group, group:] = by_group((few[:, begin:end] @ later).mul_(few[:, begin:]))
+        normal = normal.triu() + normal.triu(1).mT
         diagonal = normal.diagonal(dim1=1, dim2=2)
         ridge = RIDGE * diagonal + torch.finfo(torch.float32).tiny
         ridge = torch.where(diagonal > 0, ridge, ridge.new_tensor(1.0))
-        missing = wanted - (normal @ first.unsqueeze(-1)).squeeze(-1)
+        missing = by_group(wanted[part] * own) - (normal @ first.unsqueeze(-1)).squeeze(-1)
         change = torch.linalg.solve(normal + torch.diag_embed(ridge), missing)
         second = (first + change).half().float()
         second = torch.where(second.isfinite() & (second != 0), second, first)

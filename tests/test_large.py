@@ -1,6 +1,6 @@
 """Peak memory at full width: compressing Llama-7B-, Whisper- and ViT-shaped checkpoints, and loading what comes out.
 
-pytest tests/test_large.py -m slow            # makes and deletes checkpoints of 2.1 and 5.4 GB, and of 1 GB
+pytest tests/test_large.py -m slow            # makes and deletes checkpoints of 2.1, 5.4, 0.9 and 1 GB
 EFFLLM_REAL_MODEL=FOLDER pytest tests/test_large.py -m real_model
 """
 
@@ -110,6 +110,22 @@ def assert_loads_lean(folder: Path) -> None:
 @pytest.mark.slow
 def test_reload_of_a_large_model_is_lean(compressed):
     assert_loads_lean(compressed[4].folder)
+
+
+@pytest.mark.slow
+def test_a_budget_is_priced_and_solved_in_4_gb_at_full_width(tmp_path, monkeypatch):
+    """2048 tokens: statistics, prices of plain and rotated options, probes, and the rewrite of one block."""
+    if shutil.disk_usage(tmp_path).free < 5e9:
+        pytest.skip("needs 5 GB of disk")
+    monkeypatch.setenv("EFFLLM_CACHE", str(tmp_path / "cache"))
+    source, out = tmp_path / "llama-1", tmp_path / "out"
+    large_checkpoint().make(source, 1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "effllm" / "demo" / name, source)
+    budget = ("--budget", "4bpw", "--exclude", "model.embed_tokens", "--exclude", "lm_head", "--samples", "4")
+    run = effllm("compress", source, *budget, "--no-check", "--out", out, "--json")
+    sys.stderr.write(f"1 layer: peak {run['peak'] / 1e9:.2f} GB, {run['seconds']:.0f} s\n")
+    assert run["peak"] < 4e9 and json.loads(run["stdout"])["predicted_kl"] > 0
 
 
 MAKE = """

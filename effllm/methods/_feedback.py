@@ -38,7 +38,7 @@ def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
     order, factor = metric.order, metric.factor
     columns, rounded = order.tolist(), torch.empty(weight.shape, device=weight.device)
     for rows in _portions(weight):
-        left = weight[rows].float().t()[order].contiguous()
+        left = _turned(weight[rows], order)
 
         def step(place: int, rows: slice = rows, left: Tensor = left) -> Tensor:
             values = snap(rows, columns[place], left[place])
@@ -46,8 +46,7 @@ def round_with_feedback(weight: Tensor, metric: Metric, snap: Snap) -> Tensor:
             left[place] = values
             return error
 
-        with _threads_for(left.numel()):
-            _sweep(left, torch.empty_like(left), factor, slice(0, len(left)), step)
+        _run(left, factor, step)
         rounded[rows] = left[order.argsort()].t()
     return rounded
 
@@ -60,8 +59,8 @@ def descend(weight: Tensor, rounded: Tensor, metric: Metric, A: Tensor, snap: Sn
     order = metric.order
     columns, found = order.tolist(), torch.empty_like(rounded)
     for rows in _portions(weight):
-        now = rounded[rows].t()[order].contiguous()
-        slope = A @ (weight[rows].float().t()[order] - now)
+        now = _turned(rounded[rows], order)
+        slope = A @ (_turned(weight[rows], order) - now)
 
         def step(place: int, rows: slice = rows, now: Tensor = now, slope: Tensor = slope) -> Tensor:
             values = snap(rows, columns[place], torch.add(now[place], slope[place], alpha=1 / float(A[place, place])))
@@ -69,8 +68,7 @@ def descend(weight: Tensor, rounded: Tensor, metric: Metric, A: Tensor, snap: Sn
             now[place] = values
             return change
 
-        with _threads_for(now.numel()):
-            _sweep(slope, torch.empty_like(slope), A, slice(0, len(now)), step)
+        _run(slope, A, step)
         found[rows] = now[order.argsort()].t()
     return found
 
@@ -78,6 +76,17 @@ def descend(weight: Tensor, rounded: Tensor, metric: Metric, A: Tensor, snap: Sn
 def _portions(weight: Tensor) -> Iterator[slice]:
     rows = max(1, AT_ONCE // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
+def _turned(rows: Tensor, order: Tensor) -> Tensor:
+    """Columns in `order`, one after the other, fp32."""
+    return rows.float().t()[order].contiguous()
+
+
+def _run(state: Tensor, coupling: Tensor, step: Callable[[int], Tensor]) -> None:
+    """`_sweep` over all columns."""
+    with _threads_for(state.numel()):
+        _sweep(state, torch.empty_like(state), coupling, slice(0, len(state)), step)
 
 
 def _sweep(state: Tensor, changes: Tensor, coupling: Tensor, span: slice, step: Callable[[int], Tensor]) -> None:

@@ -87,16 +87,13 @@ class Quantize(Codec):
         rows, columns = weight.shape
         size, groups = self._groups(columns)
         scale, zero = data["scale"].float(), self._zeros(data, rows, groups)
-        top = 2**self.bits - 1 - zero
 
         def spread(x: Tensor) -> Tensor:
             return x.repeat_interleave(size, 1)[:, :columns]
 
         def snap(part: slice, column: int, values: Tensor) -> Tensor:
             group = column // size
-            own = scale[part, group]
-            steps = torch.minimum(torch.maximum((values / own).round_(), -zero[part, group]), top[part, group])
-            return steps.mul_(own)
+            return _nearest(values, scale[part, group], zero[part, group], 2**self.bits - 1)
 
         steps = unpack(data["codes"], self.bits, columns).float() - spread(zero)
         place = metric.order.argsort()
@@ -221,9 +218,7 @@ def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[d
     tops = torch.tensor([2**codec.bits - 1.0 for codec in codecs], device=weight.device).repeat_interleave(rows)
 
     def snap(part: slice, column: int, values: Tensor) -> Tensor:
-        scale, zero = scales[column // run, part], zeros[column // run, part]
-        steps = torch.minimum(torch.maximum((values / scale).round_(), -zero), tops[part] - zero)
-        return steps.mul_(scale)
+        return _nearest(values, scales[column // run, part], zeros[column // run, part], tops[part])
 
     rounded = round_with_feedback(weight.repeat(len(codecs), 1) if len(codecs) > 1 else weight, metric, snap)
     stored = []
@@ -234,6 +229,11 @@ def _solve(codecs: Sequence[Quantize], weight: Tensor, metric: Metric) -> list[d
             codes[index] = steps.to(torch.uint8).view(len(index), -1)[:, :columns]
         stored.append(codec._stored(codes, scale.unsqueeze(-1), zero.unsqueeze(-1)))
     return stored
+
+
+def _nearest(values: Tensor, scale: Tensor, zero: Tensor, top: Tensor | float) -> Tensor:
+    """The nearest values that codes from 0 to `top` stand for."""
+    return torch.minimum(torch.maximum((values / scale).round_(), -zero), top - zero).mul_(scale)
 
 
 def _refit(wanted: Tensor, steps: Tensor, scale: Tensor, place: Tensor, A: Tensor, size: int) -> Tensor:

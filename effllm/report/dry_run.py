@@ -20,6 +20,7 @@ from effllm.errors import UsageError
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.measure.work import working_memory
 from effllm.method import Codec
+from effllm.moments import Metric, Moments
 from effllm.plans import Plan, load_plan, select
 from effllm.report.remarks import remarks
 from effllm.site import Site, find_sites, unchanged
@@ -214,13 +215,26 @@ def _rows(sites: list[Site], options: dict[str, tuple[Codec, ...]], plain: dict[
 def _estimate_seconds(
     sites: list[Site], options: dict[str, tuple[Codec, ...]], wanted: Plan, dtype: torch.dtype
 ) -> float:
-    """Encoding time from timing each codec on a small matrix here, plus the calibration's forward from a small matmul."""
+    """Encoding time from timing each codec on a small matrix here, plus the calibration's forward from a small matmul.
+
+    Solving a matrix takes a time in proportion to its columns too.
+    """
     sample = torch.randn(512, 1024)
+    found = Moments(Metric(torch.eye(1024)[None], 1024), torch.ones(512))
+
+    def work(codec: Codec) -> None:
+        data = codec.encode(sample, found if wanted.solves else None)
+        if wanted.solves:
+            codec.refine(data, sample, found)
+
     codecs = {codec for choice in options.values() for codec in choice}
-    rates = {codec: _shortest(partial(codec.encode, sample)) / sample.numel() for codec in codecs}
-    seconds = sum(
-        site.size * max(rates[codec] for codec in options[site.name]) for site in sites if site.name in options
-    )
+    alike = {type(codec) if wanted.solves else codec: codec for codec in codecs}
+    taken = {kind: _shortest(partial(work, codec)) / sample.numel() for kind, codec in alike.items()}
+    rates = {codec: taken[type(codec) if wanted.solves else codec] for codec in codecs}
+    seconds = 0.0
+    for site in (site for site in sites if site.name in options):
+        columns = site.shape[1] / sample.shape[1] if wanted.solves else 1
+        seconds += site.size * columns * max(rates[codec] for codec in options[site.name])
     if wanted.needs_data:
         one = torch.randn(512, 512, dtype=dtype)
         rate = _shortest(partial(torch.matmul, one, one)) / one.shape[0] ** 3

@@ -15,6 +15,8 @@ from effllm.method import methods
 from effllm.plans import load_plan, presets
 from effllm.report.dry_run import DryRun
 
+SHOWN = 2  # options of a block that the table of a plan spells out
+
 
 def _size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
@@ -49,6 +51,15 @@ def show_result(result: Result) -> None:
     console.print(table)
 
 
+def _in_short(method: str) -> str:
+    """What a block gets, by kind where its matrices get many different options; a plan file (-o) has them all."""
+    options = method.split(" + ")
+    if len(options) <= SHOWN:
+        return method
+    kinds = dict.fromkeys(option.partition(":")[0] for option in options)
+    return f"{len(options)} options of {', '.join(kinds)}"
+
+
 def show_dry_run(found: DryRun) -> None:
     """The plan's table: what every layer gets, then totals."""
     table = Table(title=f"{found.model}, plan {found.plan.name}", title_justify="left")
@@ -58,7 +69,7 @@ def show_dry_run(found: DryRun) -> None:
         )
     for row in found.rows:
         bits = " or ".join(f"{value:.2f}" for value in row.bits)
-        method = row.options[0] if len(row.options) == 1 else "the ordering decides"
+        method = _in_short(row.options[0]) if len(row.options) == 1 else "the ordering decides"
         table.add_row(row.name, method, bits, " or ".join(f"{size / 1e6:.3f}" for size in row.nbytes))
     console = Console()
     console.print(table)

@@ -62,3 +62,16 @@ def test_allocation_has_both_tables(folder, tmp_path, monkeypatch, capsys):
     sizes = {row["plan"]: row["bits_per_weight"] for row in found["plans"]}
     assert sizes["per matrix, bytes of uniform 3"] <= sizes["uniform 3 bits"]
     assert "rank correlation" in capsys.readouterr().out and out.with_suffix(".md").exists()
+
+
+@pytest.mark.slow
+def test_an_exchange_measures_changes_and_its_own_result(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "exchange.json"
+    arguments = (folder, "--out", out, "--samples", 4, "--windows", 1, 2, "--every", 3)
+    script("exchange", monkeypatch, *arguments).main()
+    found = json.loads(out.read_text())
+    assert found["kl"] > 0 and found["kl_exchanged"] - found["kl"] == pytest.approx(found["difference"])
+    for row in found["changes"]:
+        assert row["from"] != row["to"] and row["expected"] != 0
+    assert {row["expected"] > 0 for row in found["changes"]} == {True, False}
+    assert "rank_correlation" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 
 from effllm import cli
 from effllm.measure.result import Result
+from effllm.method import methods
 from effllm.plans import load_plan
 
 
@@ -84,6 +85,10 @@ def test_methods_lists_methods_and_presets(run):
     found = json.loads(out)
     assert status == 0 and "quantize" in found["methods"] and "layerwise-4bit" in found["presets"]
     assert "arXiv 2406.17415" in run("methods", "lim")[1]
+    assert {entry["kind"] for entry in found["methods"].values()} == {"codec", "edit", "score"}
+    for name, cls in methods().items():
+        told = run("methods", name)[1]
+        assert all(setting in told for setting in cls.model_fields), "every setting is told"
     assert load_plan("layerwise-4bit").description.split(".")[0][:20] in run("methods", "layerwise-4bit")[1]
 
 

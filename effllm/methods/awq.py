@@ -37,7 +37,7 @@ class Awq(MapsInputs):
     """
 
     paper: ClassVar[str] = "arXiv 2306.00978"
-    exponent: Annotated[float, Field(gt=0, le=1, description="above 0; 1 makes all columns matter alike")] = 0.25
+    exponent: Annotated[float, Field(gt=0, le=1, description="1 makes all columns matter alike")] = 0.25
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:

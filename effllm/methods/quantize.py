@@ -52,7 +52,7 @@ class Quantize(Codec):
 
     paper: ClassVar[str] = "arXiv 1806.08342"
     trainable: ClassVar[tuple[str, ...]] = ("scale",)
-    bits: Annotated[int, Field(ge=2, le=8, description="width of a code, 2 to 8")] = 4
+    bits: Annotated[int, Field(ge=2, le=8, description="width of a code")] = 4
     group_size: Annotated[int, Field(ge=8)] | Literal["row", "tensor"] = 64
     symmetric: bool = False
     range: Literal["minmax", "search"] = "search"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from effllm.errors import UsageError, nearest
 from effllm.measure.result import Result
-from effllm.method import methods
+from effllm.method import Codec, Edit, Method, Score, methods
 from effllm.plans import load_plan, presets
 from effllm.report.dry_run import DryRun
 
@@ -118,11 +119,43 @@ def methods_json() -> dict[str, Any]:
     """Methods and presets as plain JSON values."""
     return {
         "methods": {
-            name: {"kind": cls.__mro__[1].__name__.lower(), "paper": cls.paper, "doc": inspect.getdoc(cls)}
+            name: {"kind": _kind(cls), "paper": cls.paper, "doc": inspect.getdoc(cls)}
             for name, cls in methods().items()
         },
         "presets": {name: load_plan(name).description for name in presets()},
     }
+
+
+def _kind(cls: type[Method]) -> str:
+    return next(kind.__name__.lower() for kind in (Codec, Edit, Score) if issubclass(cls, kind))
+
+
+def _show_method(name: str, cls: type[Method], console: Console) -> None:
+    """The docstring, its paragraphs as wide as the terminal, and the settings."""
+    for number, text in enumerate((inspect.getdoc(cls) or "").split("\n\n")):
+        console.print(("" if number else f"{name}: ") + " ".join(text.split()) + "\n", markup=False, highlight=False)
+    schema: dict[str, Any] = cls.model_json_schema().get("properties", {})
+    if schema:
+        table = Table("setting", "default", "values", "")
+        for key, field in schema.items():
+            default = getattr(cls(), key)
+            shown = default.label() if isinstance(default, Method) else json.dumps(default).strip('"')
+            table.add_row(key, shown, _values(field), field.get("description", ""))
+        console.print(table)
+        console.print(f"{name}:SETTING=VALUE,...", markup=False, highlight=False)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """What a field takes, from its JSON schema."""
+    if "anyOf" in schema:
+        return ", or ".join(_values(one) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    kind = {"integer": "whole number", "boolean": "true, false"}.get(
+        schema.get("type", ""), schema.get("type", "a method")
+    )
+    words = {"minimum": "{} or more", "exclusiveMinimum": "above {}", "maximum": "at most {}"}
+    return ", ".join([kind, *(text.format(schema[key]) for key, text in words.items() if key in schema)])
 
 
 def show_methods(name: str | None) -> None:
@@ -131,7 +164,7 @@ def show_methods(name: str | None) -> None:
     known = methods()
     if name is not None:
         if name in known:
-            console.print(f"{name}: {inspect.getdoc(known[name])}", markup=False)
+            _show_method(name, known[name], console)
         elif name in presets():
             console.print(presets()[name].read_text(), markup=False)
         else:

@@ -19,10 +19,11 @@ from effllm.statistics.tap import WIDEST
 def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:
     """Bytes that a run needs beside the libraries: a block (or the largest weight outside) twice, and hidden states.
 
-    Where the plan solves, weights and hidden states are fp32, there are moments of a block, and gradients of two draws.
-    Where it learns, a block is decoded with gradients beside.
+    Where the plan solves, weights and hidden states are fp32, there are moments of a block, one of which is rotated and
+    factorised, and gradients of two draws. Where it learns, a block is decoded with gradients beside.
     """
     blocks: dict[str | None, int] = {}
+    solved = 2 * 4 * max((min(site.shape[1], WIDEST) ** 2 for site in sites), default=0) if wanted.solves else 0
     width, lanes = (4, 2 + DRAWS) if wanted.solves else (dtype.itemsize, 1)
     for site in sites:
         moments = 2 * min(site.shape[1], WIDEST) ** 2 if wanted.solves else 0
@@ -31,7 +32,7 @@ def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtyp
     if wanted.needs_data:
         hidden = math.prod(hidden_shape(sites, model.config, settings.sequence_length))
         hidden *= settings.samples * width * lanes
-    return (4 if wanted.effort == "best" else 2) * max(blocks.values(), default=0) + hidden
+    return (4 if wanted.effort == "best" else 2) * max(blocks.values(), default=0) + solved + hidden
 
 
 def refuse_too_large(needed: int, max_memory: int | None, wanted: Plan) -> None:

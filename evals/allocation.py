@@ -2,7 +2,8 @@
 
     python evals/allocation.py MODEL_FOLDER --out results/allocation.json
 
-Only the Linear weights of the blocks are quantised. Two tables:
+Only the Linear weights of the blocks are quantised, all by `quantize` on the inputs as they are, so that nothing but the
+allocation differs. Two tables:
 
 1. single changes: one matrix at 3 or 4 bits, everything else as it is: the predicted KL, with and without the correction
    by probes, beside the measured one, over a spread of matrices; and the rank correlation of both (Spearman);
@@ -203,7 +204,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, default=EVALUATION_TEXT)
-    plan = load_plan("budget").override(excludes=["embeddings", "head"], samples=arguments.samples)
+    values = {"budget": "4.25bpw", "steps": [{"sites": ["blocks"], "choose": ["quantize"]}]}
+    plan = load_plan(values).override(excludes=["embeddings", "head"], samples=arguments.samples)
     study = Study(folder, plan, windows)
     singles = study.single_changes(arguments.matrices, arguments.tokens)
     plans = rows_of_plans(study)

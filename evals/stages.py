@@ -109,12 +109,13 @@ def run(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| bits | offered | stage | inputs | rewrite s | KL ± se | perplexity | top-1 |", "|" + 8 * "---|"]
+    lines = ["| bits | offered | stage | inputs | rewrite s | expected KL | KL ± se | perplexity | top-1 |"]
+    lines.append("|" + 9 * "---|")
     for row in sorted(rows, key=lambda row: row["budget"]):
         lines.append(
             f"| {row['bits_per_weight']:.3f} | {', '.join(row['choose'])} | {row['stage']} | {row['inputs']} "
-            f"| {row['seconds']:.0f} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} | {row['perplexity']:.2f} "
-            f"| {100 * row['top1_agreement']:.1f} % |"
+            f"| {row['seconds']:.0f} | {row['predicted_kl']:.4f} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} "
+            f"| {row['perplexity']:.2f} | {100 * row['top1_agreement']:.1f} % |"
         )
     return "\n".join(lines) + "\n"
 

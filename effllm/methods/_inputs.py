@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from pydantic import field_validator
@@ -21,6 +21,8 @@ Data = dict[str, Tensor]
 class MapsInputs(Codec):
     """A codec made of a map T of the inputs, and of the codec that encodes what a weight then is."""
 
+    maps: ClassVar[tuple[str, ...]] = ()
+    """The tensors that `fit` gives."""
     codec: CodecField = Quantize()
 
     @abstractmethod
@@ -82,17 +84,20 @@ class MapsInputs(Codec):
 
     def refine(self, data: Data, weight: Tensor, moments: Moments) -> Data:
         seen = cast(Moments, self._seen(moments, data))
-        inner = {name: data[name] for name in self.codec.layout((weight.shape[0], weight.shape[1]))}
-        return {**data, **self.codec.refine(inner, self.into(weight.float(), data), seen)}
+        return {**data, **self.codec.refine(self._inner(data), self.into(weight.float(), data), seen)}
 
     def decode(self, data: Data, shape: tuple[int, int]) -> Tensor:
-        return self.back(self.codec.decode(data, shape), data)
+        return self.back(self.codec.decode(self._inner(data), shape), data)
 
     def decode_rows(self, data: Data, index: Tensor, shape: tuple[int, int]) -> Tensor:
-        return self.back(self.codec.decode_rows(data, index, shape), data)
+        return self.back(self.codec.decode_rows(self._inner(data), index, shape), data)
 
     def linear(self, x: Tensor, data: Data, shape: tuple[int, int]) -> Tensor:
-        return self.codec.linear(self.inputs(x, data).to(x.dtype), data, shape)
+        return self.codec.linear(self.inputs(x, data).to(x.dtype), self._inner(data), shape)
+
+    def _inner(self, data: Data) -> Data:
+        """What the codec inside has stored."""
+        return {name: tensor for name, tensor in data.items() if name not in self.maps}
 
     def _seen(self, moments: Moments | None, data: Data) -> Moments | None:
         """What an error costs that is made in W T: the metric is T^-1 A T^-T. It may be large, and is copied once."""

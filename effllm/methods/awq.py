@@ -37,6 +37,7 @@ class Awq(MapsInputs):
     """
 
     paper: ClassVar[str] = "arXiv 2306.00978"
+    maps: ClassVar[tuple[str, ...]] = ("input_scale",)
     exponent: Annotated[float, Field(gt=0, le=1, description="1 makes all columns matter alike")] = 0.25
 
     @classmethod

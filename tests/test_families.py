@@ -78,7 +78,7 @@ def test_the_streamed_folder_holds_the_tensors_of_the_live_model(codec, family, 
     assert all(live[key].dtype == streamed[key].dtype and torch.equal(live[key], streamed[key]) for key in live)
     assert result.stored_bytes == sum(file.stat().st_size for file in (folder / "streamed").glob("*.safetensors"))
     small = (folder / "streamed" / "config.json").stat().st_size
-    assert small < 30_000 + 2 * (folder / "original" / "config.json").stat().st_size
+    assert small < 40_000 + 2 * (folder / "original" / "config.json").stat().st_size
 
 
 @pytest.mark.parametrize("family", FAMILIES)

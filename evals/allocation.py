@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from peer_quantizers.reference import Reference
 from peers import write_atomically
+from stages import planned
 from torch import Tensor
 
 from effllm.allocation.spending import Priced, price_folder
@@ -37,7 +38,7 @@ from effllm.method import Codec
 from effllm.methods.lim import Lim
 from effllm.methods.quantize import Quantize
 from effllm.moments import Moments
-from effllm.plans import Plan, load_plan
+from effllm.plans import Plan
 from effllm.price.probe import probe
 from effllm.report.progress import track
 from effllm.site import Site
@@ -75,8 +76,8 @@ class Study:
         weight, found = site.matrix(self.original), self.moments[site.name]
         return codec.decode(codec.refine(codec.encode(weight, found), weight, found), site.shape)
 
-    def measured(self, assigned: dict[str, Codec]) -> dict[str, Any]:
-        """Bits per weight, and KL on the held-out windows, of the model with these codecs."""
+    def put(self, assigned: dict[str, Codec]) -> float:
+        """Gives the model these codecs' weights; returns the bits per weight."""
         bits = 0
         for site in self.sites:
             target = self.model.get_parameter(site.parameter).data
@@ -86,8 +87,11 @@ class Study:
             else:
                 target.copy_(self.original.get_parameter(site.parameter))
                 bits += 16 * site.size
-        figures = self.reference.compare(self.model).figures()
-        return {"bits_per_weight": bits / sum(site.size for site in self.sites), **figures}
+        return bits / sum(site.size for site in self.sites)
+
+    def measured(self, assigned: dict[str, Codec]) -> dict[str, Any]:
+        """Bits per weight, and KL on the held-out windows, of the model with these codecs."""
+        return {"bits_per_weight": self.put(assigned), **self.reference.compare(self.model).figures()}
 
     def predicted(self, assigned: dict[str, Codec], corrected: bool = True) -> float:
         """Expected KL of these codecs together."""
@@ -204,9 +208,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, default=EVALUATION_TEXT)
-    values = {"budget": "4.25bpw", "steps": [{"sites": ["blocks"], "choose": ["quantize"]}]}
-    plan = load_plan(values).override(excludes=["embeddings", "head"], samples=arguments.samples)
-    study = Study(folder, plan, windows)
+    study = Study(folder, planned(["quantize"], arguments.samples), windows)
     singles = study.single_changes(arguments.matrices, arguments.tokens)
     plans = rows_of_plans(study)
     table = markdown(singles, plans)

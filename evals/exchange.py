@@ -4,8 +4,7 @@
 
 The Linear weights of the blocks are solved for a budget. Then, in the compressed model, every `--every`th matrix is given
 the next smaller and the next larger option, one at a time, and what the KL to the original becomes is measured on a few
-windows.
-Prices come from the original model; these measurements from the one that everything else has lowered already.
+windows. Prices come from the original model; these measurements from the one that everything else has lowered already.
 
 Printed are the rank correlation of expected and measured changes, and the KL on other windows before and after an exchange:
 the budget is solved again with the prices of each matrix scaled as its changes were measured.
@@ -97,7 +96,7 @@ def main() -> None:
     study.reference = Reference(study.original, windows[order[few:]], file, "held out")
     results = []
     for assigned in (first, second):
-        study.measured(assigned)
+        study.put(assigned)
         results.append(study.reference.compare(study.model).kl)
     difference = results[1] - results[0]
     found = {

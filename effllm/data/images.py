@@ -99,10 +99,15 @@ def _preprocessor(folder: Path) -> Callable[[ImageSource, list[int]], dict[str, 
     return prepare
 
 
-def load_image_processor(folder: Path) -> Any:
-    """The image processor of a model folder."""
+def require_pillow() -> None:
+    """Raises UsageError where Pillow is missing."""
     if find_spec("PIL") is None:
         raise UsageError("images need Pillow: pip install 'effllm[vision]'")
+
+
+def load_image_processor(folder: Path) -> Any:
+    """The image processor of a model folder."""
+    require_pillow()
     from transformers import AutoImageProcessor
 
     try:

@@ -85,21 +85,18 @@ def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) 
 
 def _text_and_pairs(settings: Calibration, model: PreTrainedModel, folder: Path) -> list[Batch]:
     """Text, and images with text where a source is a folder of them."""
-    weighted = {source: split_weight(source) for source in settings.sources}
-    shares = {
-        source: weight / sum(weight for _, weight in weighted.values()) for source, (_, weight) in weighted.items()
-    }
-    pairs = [source for source, (name, _) in weighted.items() if holds_pairs(name)]
-    text = [source for source in settings.sources if source not in pairs]
+    weighted = [(source, *split_weight(source)) for source in settings.sources]
+    total = sum(weight for *_, weight in weighted)
+    text = {source: weight for source, name, weight in weighted if not holds_pairs(name)}
     batches: list[Batch] = []
-    for source in pairs:
-        count = max(1, round(settings.samples * shares[source]))
-        found = pair_batches(folder, weighted[source][0], count)
-        logger.info("calibration: %s, %d images with text", source, len(found))
-        batches += [{name: _cast(tensor, model) for name, tensor in batch.items()} for batch in found]
+    for source, name, weight in weighted:
+        if source not in text:
+            found = pair_batches(folder, name, max(1, round(settings.samples * weight / total)))
+            logger.info("calibration: %s, %d images with text", source, len(found))
+            batches += [{key: _cast(tensor, model) for key, tensor in batch.items()} for batch in found]
     if text:
-        count = max(1, round(settings.samples * sum(shares[source] for source in text)))
-        rest = settings.model_copy(update={"sources": text, "samples": count})
+        count = max(1, round(settings.samples * sum(text.values()) / total))
+        rest = settings.model_copy(update={"sources": list(text), "samples": count})
         batches += calibration_batches(rest, load_tokenizer(folder), folder)
     return batches
 

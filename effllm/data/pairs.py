@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor
 
 from effllm.data import spread
-from effllm.data.images import read_image
-from effllm.errors import EffllmError, UsageError
+from effllm.data.images import read_image, require_pillow
+from effllm.errors import EffllmError
 from effllm.source import Batch
 
 ROWS = "metadata.jsonl"
@@ -33,8 +32,7 @@ def pair_batches(folder: Path, source: str, samples: int) -> list[Batch]:
         UsageError: Pillow is missing.
         EffllmError: a row or an image that cannot be read, or a model folder without a usable processor.
     """
-    if find_spec("PIL") is None:
-        raise UsageError("images need Pillow: pip install 'effllm[vision]'")
+    require_pillow()
     rows, processor = _rows(Path(source)), _processor(folder)
     chosen = [rows[number] for number in spread(len(rows), samples)]
     return [_batch(processor, read_image(file).convert("RGB"), text, folder) for file, text in chosen]

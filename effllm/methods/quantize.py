@@ -24,7 +24,6 @@ ENCODE_CHUNK = 1 << 18  # weights per step of encode: the weights and one scratc
 SHRINK = [1 - 0.05 * step for step in range(12)]  # the shares of the full range that the search tries
 ROUNDS = 2  # of fitting scales to codes and codes to scales
 REFINED, FITTED = 1 << 24, 1 << 24  # weights at a time, and numbers in memory for fitting their scales
-IN_CACHE = 128  # rows
 RIDGE = 1e-3  # of the diagonal, against groups that can hardly be told apart
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # of fp16
 
@@ -251,8 +250,7 @@ def _refit(wanted: Tensor, steps: Tensor, scale: Tensor, place: Tensor, A: Tenso
         for group in range(groups):
             begin, end = group * size, min((group + 1) * size, columns)
             later = A[place[begin:end]][:, place[begin:]]
-            for few, into in zip(own.split(IN_CACHE), normal.split(IN_CACHE), strict=True):
-                into[:, group, group:] = by_group((few[:, begin:end] @ later).mul_(few[:, begin:]))
+            normal[:, group, group:] = by_group((own[:, begin:end] @ later).mul_(own[:, begin:]))
         normal = normal.triu() + normal.triu(1).mT
         diagonal = normal.diagonal(dim1=1, dim2=2)
         ridge = RIDGE * diagonal + torch.finfo(torch.float32).tiny

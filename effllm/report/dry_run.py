@@ -228,13 +228,13 @@ def _estimate_seconds(
             codec.refine(data, sample, found)
 
     codecs = {codec for choice in options.values() for codec in choice}
-    alike = {type(codec) if wanted.solves else codec: codec for codec in codecs}
-    taken = {kind: _shortest(partial(work, codec)) / sample.numel() for kind, codec in alike.items()}
-    rates = {codec: taken[type(codec) if wanted.solves else codec] for codec in codecs}
+    kinds = {codec: type(codec) if wanted.solves else codec for codec in codecs}
+    timed = {kind: codec for codec, kind in kinds.items()}
+    rates = {kind: _shortest(partial(work, codec)) / sample.numel() for kind, codec in timed.items()}
     seconds = 0.0
     for site in (site for site in sites if site.name in options):
         columns = site.shape[1] / sample.shape[1] if wanted.solves else 1
-        seconds += site.size * columns * max(rates[codec] for codec in options[site.name])
+        seconds += site.size * columns * max(rates[kinds[codec]] for codec in options[site.name])
     if wanted.needs_data:
         one = torch.randn(512, 512, dtype=dtype)
         rate = _shortest(partial(torch.matmul, one, one)) / one.shape[0] ** 3

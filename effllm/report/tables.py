@@ -152,7 +152,7 @@ def _values(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
     kind = {"integer": "whole number", "boolean": "true, false"}.get(
-        schema.get("type", ""), schema.get("type", "a method")
+        schema.get("type", ""), schema.get("type", "a codec")
     )
     words = {"minimum": "{} or more", "exclusiveMinimum": "above {}", "maximum": "at most {}"}
     return ", ".join([kind, *(text.format(schema[key]) for key, text in words.items() if key in schema)])

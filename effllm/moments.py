@@ -11,7 +11,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal, added to it before a factorisation
 CHUNK = 1 << 20  # numbers that are moved at once
-INVERTED_AT_ONCE = 256  # columns
+INVERTED_AT_ONCE, MULTIPLIED_AT_ONCE = 256, 1024  # columns
 
 
 class Metric:
@@ -41,7 +41,7 @@ class Metric:
             errors = F.pad(errors, (0, parts * width - self.columns)).view(-1, parts, width)
             return torch.einsum("rpw,pwv,rpv->r", errors, self.A, errors)
         if parts == 1:
-            return ((errors @ self.A[0]) * errors).sum(1)
+            return _symmetric(errors, self.A[0])
         return torch.einsum("rc,rcd,rd->r", errors, self.A[(places * parts).long()], errors)
 
     @cached_property
@@ -77,6 +77,17 @@ class Metric:
     def release(self) -> None:
         """Lets `factor` go, which is as large as the metric."""
         self.__dict__.pop("factor", None)
+
+
+def _symmetric(errors: Tensor, A: Tensor) -> Tensor:
+    """e A e^T of every row: what lies above the diagonal blocks is multiplied once and counted twice."""
+    found = errors.new_zeros(len(errors))
+    for start in range(0, len(A), MULTIPLIED_AT_ONCE):
+        stop = start + MULTIPLIED_AT_ONCE
+        own, rows = errors[:, start:stop], A[start:stop]
+        found += ((own @ rows[:, start:stop]) * own).sum(1)
+        found += 2 * ((own @ rows[:, stop:]) * errors[:, stop:]).sum(1)
+    return found
 
 
 def _inverse_factor(A: Tensor) -> Tensor | None:

@@ -29,9 +29,15 @@ def price(
     found: dict[Codec, float] = {}
     for cls, members in by_class.items():
         for codec, data in zip(members, cls.encode_each(members, part, seen), strict=True):
-            errors = codec.decode(data, (len(index), weight.shape[1])).float() - part.float()
-            found[codec] = float(moments.costs(errors, index).cpu() @ counts)
+            decoded = codec.decode(data, (len(index), weight.shape[1]))
+            found[codec] = expected(decoded.float() - part.float(), moments, (index, counts))
     return [found[codec] for codec in codecs]
+
+
+def expected(errors: Tensor, moments: Moments, rows: tuple[Tensor, Tensor]) -> float:
+    """Expected KL, nats per token (or image), of `errors` `[n, columns]` in the rows of a weight that stand for all."""
+    index, counts = rows
+    return float(moments.costs(errors, index).cpu() @ counts)
 
 
 def relative_error(codec: Codec, weight: Tensor) -> float:

@@ -19,7 +19,7 @@ from effllm.journal import JOURNAL, RunJournal
 from effllm.layers.placing import refuse_nonfinite
 from effllm.method import Codec
 from effllm.moments import Moments
-from effllm.price import price, sample_rows
+from effllm.price import expected, price, sample_rows
 from effllm.price.probe import Weights, probe
 from effllm.site import Site
 from effllm.source import Batch, Source
@@ -129,13 +129,13 @@ def _price_gate(
             continue
         weight = site.matrix(source.model)
         refuse_nonfinite(site.parameter, weight)
-        rows = sample_rows(weight, found)
+        rows = index, _ = sample_rows(weight, found)
         priced = price(options[site.name], weight, found, rows)
         losses[site.name] = {codec.label(): loss for codec, loss in zip(options[site.name], priced, strict=True)}
         codec = min(options[site.name], key=lambda one: abs(8 * one.stored_bytes(site.shape) / site.size - PROBED_BITS))
         decoded = codec.decode(codec.encode(weight), site.shape).to(weight.dtype)
         unit = site.block or site.name
-        predicted[unit] = predicted.get(unit, 0.0) + cost(decoded, weight, found)
+        predicted[unit] = predicted.get(unit, 0.0) + expected(decoded[index].float() - weight[index].float(), found, rows)
         if site.parameter not in changed:
             _spool_probe(spool, changed)
             changed = {site.parameter: source.model.get_parameter(site.parameter).detach().clone()}
@@ -150,14 +150,6 @@ def _price_gate(
 def _spool_probe(spool: Path, changed: Weights) -> None:
     for name, tensor in changed.items():
         write_tensors(spool / f"probe-{name}.safetensors", {name: tensor})
-
-
-def cost(decoded: Tensor, weight: Tensor, found: Moments, step: int = 1 << 14) -> float:
-    """Expected KL, nats per token, of `decoded` in place of `weight`, a few thousand rows at a time."""
-    total = 0.0
-    for index in torch.arange(len(weight), device=weight.device).split(step):
-        total += float(found.costs(decoded[index].float() - weight[index].float(), index).sum())
-    return total
 
 
 def _keep(sums: dict[str, list[Sums]], outside: set[str], folder: Path) -> None:

@@ -75,3 +75,13 @@ def test_an_exchange_measures_changes_and_its_own_result(folder, tmp_path, monke
         assert row["from"] != row["to"] and row["expected"] != 0
     assert {row["expected"] > 0 for row in found["changes"]} == {True, False}
     assert "rank_correlation" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_block_diagonal_metric_is_compared_with_the_whole_one(folder, tmp_path, monkeypatch):
+    out = tmp_path / "block_diagonal.json"
+    script("block_diagonal", monkeypatch, folder, "--out", out, "--samples", 2, "--width", 32).main()
+    found = json.loads(out.read_text())
+    assert found["matrices"] > 0 and found["3 bits"]["rank_correlation"] > 0.5
+    whole, runs = found["expected_kl"]["whole"], found["expected_kl"]["block-diagonal"]
+    assert runs > 0.999 * whole > 0, "the best by other prices is no better by these"

@@ -1,12 +1,30 @@
-"""Edits of a live model: put on, and taken off again without a trace."""
+"""Edits of a model: on a live one, taken off again without a trace; and of the structure of one that is on disk."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
+import torch
 from torch import nn
 
+import effllm
+from effllm.checkpoint import Checkpoint, StoredTensor, read_header
+from effllm.checkpoint.tensors import write_tensors
+from effllm.data.caching import cache_folder
+from effllm.data.inputs import folder_batches
+from effllm.data.text import text_identity
+from effllm.errors import EffllmError
+from effllm.hf import EffllmConfig
+from effllm.journal import edit_entries
 from effllm.method import Edit
+from effllm.plans import Calibration
+from effllm.resume import RunJournal, run_key
+from effllm.source import Batch, Source, StoredModel
+
+logger = logging.getLogger(__name__)
 
 
 class Handle:
@@ -38,3 +56,82 @@ def apply(model: nn.Module, edit: Edit) -> Handle:
         EffllmError: the edit cannot act on this model; the message says why.
     """
     return Handle(model, edit)
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
+    """While it is open, `edits` are on a live model, in their order."""
+    with contextlib.ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(apply(model, edit))
+        yield
+
+
+def restructure(source: Source, edits: Sequence[Edit], batches: Sequence[Batch]) -> None:
+    """Puts edits of the structure on a live model for good, with the weights that they learn."""
+    for edit in edits:
+        learnt = {name: tensor for part in edit.learn(source, batches) for name, tensor in part.items()}
+        before = source.model.state_dict().keys()
+        edit.attach(source.model)
+        _refuse_other(edit, learnt, source.model.state_dict().keys() - before)
+        for name, tensor in learnt.items():
+            source.model.get_parameter(name).data.copy_(tensor)
+
+
+def restructured(
+    checkpoint: Checkpoint, edits: Sequence[Edit], calibration: Calibration, device: torch.device, seed: int = 0
+) -> Checkpoint:
+    """`checkpoint` after edits of its structure: its own tensors, where the edited model has them, beside learnt ones.
+
+    What was learnt is kept in the cache, keyed by weights, data and settings.
+
+    Raises:
+        EffllmError: an edit gives other weights than it adds; see `StoredModel`, `folder_batches`, `Edit.learn`.
+    """
+    for edit in edits:
+        source = StoredModel(checkpoint, device=device)
+        tensors = _learnt(source, edit, calibration, seed)
+        before = source.model.state_dict().keys()
+        edit.attach(source.model)
+        after = source.model.state_dict().keys()
+        _refuse_other(edit, tensors, after - before)
+        kept = {key: tensor for key, tensor in checkpoint.tensors.items() if source.targets[key] not in before - after}
+        done = [*edits[: edits.index(edit)], edit]
+        config = {**checkpoint.config, "quantization_config": EffllmConfig(edits=edit_entries(done)).to_dict()}
+        checkpoint = Checkpoint(checkpoint.folder, config, kept | tensors)
+    return checkpoint
+
+
+def _learnt(source: StoredModel, edit: Edit, calibration: Calibration, seed: int) -> dict[str, StoredTensor]:
+    """The weights that an edit learns, in files of the cache."""
+    key = run_key(
+        source=source.checkpoint.identity(),
+        edit=edit_entries([edit]),
+        calibration=calibration.model_dump(mode="json") if edit.needs_data else None,
+        text=[text_identity(text) for text in calibration.sources] if edit.needs_data else None,
+        device=source.device.type,
+        threads=torch.get_num_threads(),
+        version=effllm.__version__,
+        seed=seed,
+    )
+    journal = RunJournal(cache_folder("edits") / key[:16], key)
+    with journal.claim("learn"):
+        if journal.find("learnt", "all") is None:
+            logger.info("%s learns its weights", edit.label())
+            batches = folder_batches(calibration, source.model, source.checkpoint.folder) if edit.needs_data else []
+            parts = 0
+            for part in edit.learn(source, batches):
+                tensors = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in part.items()}
+                write_tensors(journal.folder / f"part-{parts}.safetensors", tensors)
+                parts += 1
+            journal.add("learnt", "all", parts=parts)
+        count = journal.all("learnt")["all"]["parts"]
+    files = [journal.folder / f"part-{number}.safetensors" for number in range(count)]
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+
+
+def _refuse_other(edit: Edit, learnt: Iterable[str], added: set[str]) -> None:
+    wrong = sorted(added.symmetric_difference(learnt))
+    if wrong:
+        what = "adds, and gives no values for it" if wrong[0] in added else "gives values for, and does not add"
+        raise EffllmError(f"{edit.label()}: {wrong[0]} is a weight that it {what}; attach and learn must name the same")

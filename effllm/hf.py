@@ -104,6 +104,11 @@ class EncodeOnLoad(ConversionOps):
         self.assigned = wanted.assign(self.sites, {})
         self.members = by_parameter(self.sites, self.assigned)
         self.edits = wanted.edits()
+        learnt = next((edit for edit in self.edits if edit.structure), None)
+        if learnt is not None:
+            raise UsageError(
+                f"{learnt.label()} learns new weights, which cannot be done while loading: use effllm.compress after it"
+            )
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **kwargs: Any
@@ -130,6 +135,7 @@ class EffllmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
+            self._attach_edits(model, structure=True)
             attach(model, codecs(self.quantization_config.sites))
             _ignore_guard(model)
         else:
@@ -163,9 +169,13 @@ class EffllmQuantizer(HfQuantizer):
                         "download it again"
                     )
         model.add_model_tags("effllm")
-        for edit in edits(self.quantization_config.edits):
-            edit.attach(model)
+        self._attach_edits(model, structure=False)
         return model
+
+    def _attach_edits(self, model: PreTrainedModel, structure: bool) -> None:
+        for edit in edits(self.quantization_config.edits):
+            if edit.structure == structure:
+                edit.attach(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         self.quantization_config.source = self.quantization_config.source or _source(model)

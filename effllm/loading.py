@@ -27,7 +27,7 @@ def load(model: str | Path, *, verify: bool = True, **kwargs: Any) -> PreTrained
         EffllmError: the folder is damaged or incomplete, or a layer gives values that are not finite.
     """
     checkpoint = Checkpoint.open(resolve(model, kwargs.get("revision")))
-    checksums = (checkpoint.config.get("quantization_config") or {}).get("checksums")
+    checksums = checkpoint.quantization.get("checksums")
     if verify and checksums is not None:
         verify_checksums(checkpoint, checksums)
     described = skeleton(checkpoint.config, stored_dtype(checkpoint))

@@ -7,22 +7,16 @@ fields) and the class docstring is its documentation. Other packages add methods
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-
-from effllm.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from effllm.moments import Moments
@@ -53,10 +47,14 @@ class Method(BaseModel, ABC):
         return self.model_dump(mode="json")
 
     def label(self) -> str:
-        """The short text of tables: the name, the first setting, and those that differ from their defaults."""
-        first, values = list(type(self).model_fields)[:1], self.settings()
-        shown = first + [key for key in self.model_dump(exclude_defaults=True) if key not in first]
-        return self.name() + (":" + ",".join(f"{key}={values[key]}" for key in shown) if shown else "")
+        """The short text of tables: the name, the first setting, and those that differ from their defaults; then the
+        methods that it is made of."""
+        parts = {key: value for key in type(self).model_fields if isinstance(value := getattr(self, key), Method)}
+        values = {key: value for key, value in self.settings().items() if key not in parts}
+        shown = {*list(values)[:1], *self.model_dump(exclude_defaults=True)}
+        texts = [f"{key}={value}" for key, value in values.items() if key in shown]
+        texts += [f"{key}={part.label()}" for key, part in parts.items()]
+        return self.name() + (":" + ",".join(texts) if texts else "")
 
 
 class Codec(Method):
@@ -69,6 +67,8 @@ class Codec(Method):
 
     trainable: ClassVar[tuple[str, ...]] = ()
     """Stored float tensors, in which `decode` is differentiable, that training may change."""
+    by_rows: ClassVar[bool] = True
+    """Whether each row is encoded on its own, so that a sample of them tells what all cost. A low-rank form is not."""
 
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
@@ -123,11 +123,16 @@ def _layout(codec: Codec, shape: tuple[int, int]) -> Layout:
 
 
 class Edit(Method):
-    """A change of how a model behaves, made on the loaded model and undone exactly."""
+    """A change of a model that is no codec's: of what it computes, and perhaps of which weights it has."""
+
+    structure: ClassVar[bool] = False
+    """Whether it changes which weights there are. Then it is made before all else, so that codecs find the new ones, and
+    before weights are read where a compressed model is loaded."""
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
-        """Makes the change. Called where a model is compressed and where a compressed one is loaded.
+        """Makes the change. Called where a model is compressed and where a compressed one is loaded; of a structure also
+        on a model on the meta device, whose new weights are filled in later.
 
         Raises:
             EffllmError: the edit cannot act on this model, and why.
@@ -136,6 +141,14 @@ class Edit(Method):
     @abstractmethod
     def detach(self, model: nn.Module) -> None:
         """Undoes the change: no hook, no attribute is left; nothing where it is not on the model."""
+
+    def learn(self, source: Source, batches: Sequence[Batch]) -> Iterator[dict[str, Tensor]]:
+        """The values of the weights that `attach` adds, by their names in the state dict, a block's at a time, say.
+
+        `source` is the model without the edit: walk it, and let `effllm.train.learn` train what has to be trained.
+        `batches` are as `Score.score` has them.
+        """
+        yield from ()
 
 
 class Score(Method):
@@ -148,97 +161,3 @@ class Score(Method):
         `batches` are inputs of the model by name, such as `{"input_ids": [sequences, length]}` (int64) or
         `{"pixel_values": [images, channels, height, width]}`; empty unless the class sets `needs_data`.
         """
-
-
-@cache
-def methods() -> dict[str, type[Method]]:
-    """Every registered method by name: the files of `effllm.methods`, then the entry-point group `effllm.methods`.
-
-    Raises:
-        UsageError: an entry point is no Method, clashes with a name in use, or does not match its file's name.
-    """
-    package = importlib.import_module("effllm.methods")
-    found: dict[str, type[Method]] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.name.startswith("_"):
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
-            found[info.name] = next(
-                value
-                for value in vars(module).values()
-                if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
-            )
-    for point in entry_points(group="effllm.methods"):
-        cls = point.load()
-        if not (inspect.isclass(cls) and issubclass(cls, Method)):
-            raise UsageError(
-                f"entry point {point.name} = {point.value} is no effllm Method; name a Codec or Score class"
-            )
-        if point.name in found or cls.name() != point.name:
-            raise UsageError(
-                f"entry point {point.name} = {point.value}: the name must be new and the file's: {cls.name()}"
-            )
-        found[point.name] = cls
-    return dict(sorted(found.items()))
-
-
-def method_class(name: str, kind: type[Method] = Method) -> type[Any]:
-    """The class registered as `name`, checked to be of `kind`."""
-    known = {key: cls for key, cls in methods().items() if issubclass(cls, kind)}
-    if name not in known:
-        raise UsageError(f"unknown {kind.__name__.lower()} {name!r}: {nearest(name, known)}")
-    return known[name]
-
-
-def from_spec(spec: str | dict[str, Any] | Method, kind: type[Method] = Method) -> Any:
-    """A method from `"quantize"`, `"quantize:bits=6,group_size=32"`, `{"quantize": {"bits": 6}}` or itself.
-
-    The codec inside another one comes last: `"hadamard:codec=quantize:bits=6,group_size=32"`.
-
-    Raises:
-        UsageError: an unknown method or setting (the message names the nearest), or a value that it does not take.
-    """
-    if isinstance(spec, Method):
-        return spec
-    if isinstance(spec, str):
-        name, _, rest = spec.partition(":")
-        rest, found, inner = rest.partition("codec=")
-        pairs = [item.partition("=") for item in rest.split(",") if item]
-        settings: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
-        settings |= {"codec": inner} if found else {}
-    elif isinstance(spec, dict) and len(spec) == 1:
-        name, settings = next(iter(spec.items()))
-        settings = settings or {}
-    else:
-        raise UsageError(f"a method is written 'name:key=value,...' or {{name: {{key: value}}}}, not {spec!r}")
-    cls = method_class(name, kind)
-    if not isinstance(settings, dict):
-        raise UsageError(f"the settings of {name} are key: value pairs, not {settings!r}")
-    return validated(cls, settings, name)
-
-
-def validated(cls: type[BaseModel], values: dict[str, Any], where: str) -> Any:
-    """`cls(**values)`, with pydantic's complaints turned into one line that names the key, the value and the remedy."""
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            leaf = str(first["loc"][-1])
-            raise UsageError(f"{where}: unknown key {key!r}: {nearest(leaf, _fields_at(cls, first['loc']))}") from None
-        raise UsageError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from None
-
-
-def _fields_at(cls: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """The field names of the (nested) model in which an unknown key at `location` was found."""
-    for part in location[:-1]:
-        field = cls.model_fields.get(part) if isinstance(part, str) else None
-        if field is not None:
-            candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-            cls = next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), cls)
-    return list(cls.model_fields)
-
-
-as_spec = PlainSerializer(lambda method: {method.name(): method.settings()})
-CodecField = Annotated[Codec, BeforeValidator(lambda value: from_spec(value, Codec)), as_spec]
-"""A codec as a field of a plan, or of a codec that is made of another."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from effllm import hf
 from effllm.allocation.spending import Priced, price_live
-from effllm.checkpoint import resolve
-from effllm.data.inputs import BATCH, calibration_batches, folder_batches, modality, refuse_default
-from effllm.data.text import Document, load_tokenizer, windows_of
+from effllm.data.inputs import live_batches
+from effllm.data.text import Document
+from effllm.edits import applied, restructure
 from effllm.errors import EffllmError, UsageError
 from effllm.layers.placing import (
     Members,
@@ -32,7 +32,7 @@ from effllm.method import Codec
 from effllm.plans import Plan, load_plan
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
-from effllm.site import Site, unchanged, untied
+from effllm.site import find_sites, unchanged, untied
 from effllm.source import Batch, LiveModel, Source, arithmetic, in_dtype
 from effllm.surgery import refit_norms, refits_norms
 from effllm.train import encode_unit
@@ -66,11 +66,12 @@ def compress(
     if codec_modules(model) or getattr(model, "is_quantized", False):
         raise EffllmError("the model is quantised already; compress the original weights")
     wanted = load_plan(plan)
+    refuse_misfit(model, wanted)
+    batches = live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
+    restructure(LiveModel(model), wanted.structure(), batches)
     source = LiveModel(model)
-    refuse_misfit(model, source.sites, wanted)
-    batches = _live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
     with tempfile.TemporaryDirectory(prefix="effllm-") as folder:
-        priced = price_live(wanted, model, batches, Path(folder)) if wanted.limited or wanted.solves else None
+        priced = price_live(wanted, model, batches, Path(folder)) if wanted.priced else None
         if priced is not None and wanted.limited:
             original = sum(tensor.nbytes for tensor in untied(model, source.sites).values())
             assigned = priced.solution(model, original, {}).assigned
@@ -93,7 +94,8 @@ def compress(
         refit_norms(model, batches)
     hf.mark_compressed(model, source.sites, assigned, wanted)
     for edit in wanted.edits():
-        edit.attach(model)
+        if not edit.structure:
+            edit.attach(model)
     model.effllm_report = {name: codec.label() for name, codec in assigned.items()}  # type: ignore[assignment]
     return model
 
@@ -115,43 +117,16 @@ def _solved(
     return stored
 
 
-def _live_batches(
-    model: nn.Module,
-    plan: Plan,
-    calibration: list[Document] | Tensor | Sequence[Batch] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Sequence[Batch]:
-    if isinstance(calibration, Tensor):
-        name = getattr(model, "main_input_name", "input")
-        return [{name: part} for part in calibration.split(BATCH)]
-    if calibration and isinstance(calibration[0], Mapping):
-        return cast(Sequence[Batch], calibration)
-    path = getattr(getattr(model, "config", None), "name_or_path", "")
-    if isinstance(model, PreTrainedModel) and modality(model) != "text":
-        if calibration is not None or not path:
-            raise UsageError(
-                f"plan {plan.name} learns from {model.main_input_name}: pass calibration= as a tensor, or as batches by name"
-            )
-        refuse_default(plan, model)
-        return folder_batches(plan.calibration, model, resolve(path))
-    if tokenizer is None and not path:
-        raise UsageError(f"plan {plan.name} needs calibration text: pass tokenizer=, or calibration= as token ids")
-    tokenizer = tokenizer or load_tokenizer(path)
-    settings = plan.calibration
-    if calibration is None:
-        return calibration_batches(settings, tokenizer)
-    texts = cast(list[Document], calibration)
-    windows = windows_of(tokenizer, texts, settings.samples, settings.sequence_length, "calibration=")
-    return [{"input_ids": part} for part in windows.split(BATCH)]
-
-
-def refuse_misfit(model: nn.Module, sites: list[Site], plan: Plan) -> None:
+def refuse_misfit(model: nn.Module, plan: Plan) -> None:
     """Refuses a plan that does not fit the model, before any data are read: its globs, and its edits.
 
     Raises:
-        UsageError, EffllmError: as `Plan.options` and `Edit.attach`.
+        UsageError, EffllmError: as `Plan.options` and `Edit.attach`; a plan that edits the structure and encodes nothing.
     """
-    plan.options(sites)
-    for edit in plan.edits():
-        edit.attach(model)
-        edit.detach(model)
+    with applied(model, plan.edits()):
+        options = plan.options(find_sites(model))
+    if plan.structure() and not options:
+        raise UsageError(
+            f"plan {plan.name} changes the structure and encodes no weight: programs that do not know effllm would open the "
+            "folder with random weights instead of refusing it; add a step with a codec"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -16,12 +15,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from effllm.allocation.budget import Budget
 from effllm.errors import UsageError, nearest
-from effllm.method import Codec, CodecField, Edit, Score, as_spec, from_spec, method_class, validated
-from effllm.site import Site
+from effllm.method import Codec, Edit, Score
+from effllm.registry import CodecField, as_spec, from_spec, method_class, validated
+from effllm.site import Site, examples, select
 
 Effort = Literal["fast", "normal", "best"]
 BUDGET = "budget"  # the preset that a budget without a plan means
-WORDS = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGEST_PLAN = 1_000_000
 
 
@@ -179,16 +178,26 @@ class Plan(_Strict):
     def needs_data(self) -> bool:
         """Whether carrying out the plan needs calibration data."""
         ordered = not self.limited and any(step.order and step.order.needs_data for step in self.steps)
-        return ordered or self.effort != "fast"
+        return ordered or self.solves or any(edit.needs_data for edit in self.edits())
 
     @property
     def solves(self) -> bool:
         """Whether sites are encoded in the metric of the calibration data."""
         return self.effort != "fast"
 
+    @property
+    def priced(self) -> bool:
+        """Whether the options of sites are priced: for a budget to choose among them, or for the metric to solve in."""
+        return self.limited or self.solves
+
     def edits(self) -> list[Edit]:
-        """The edits of the whole model, in order."""
-        return [step.apply for step in self.steps if step.apply is not None]
+        """The edits of the whole model, in order; those of its structure first."""
+        found = [step.apply for step in self.steps if step.apply is not None]
+        return sorted(found, key=lambda edit: not edit.structure)
+
+    def structure(self) -> list[Edit]:
+        """Those of its edits that change which weights a model has."""
+        return [edit for edit in self.edits() if edit.structure]
 
     def scores(self) -> list[Score]:
         """The distinct scores that the plan needs, in order; none where a budget decides."""
@@ -248,7 +257,7 @@ class Plan(_Strict):
                     )
             steps.append((step, members))
         if steps and not any(members for _, members in steps):
-            raise UsageError(f"plan {self.name} matches no layer of the model; its sites: {_examples(sites)}")
+            raise UsageError(f"plan {self.name} matches no layer of the model; its sites: {examples(sites)}")
         return steps
 
     def override(
@@ -287,29 +296,6 @@ class Plan(_Strict):
     def to_yaml(self) -> str:
         """The plan as a file that `load_plan` reads back to an equal plan."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=110)
-
-
-def select(patterns: list[str], sites: list[Site]) -> list[Site]:
-    """The sites that any of `patterns` matches, in model order.
-
-    Raises:
-        UsageError: a glob matches nothing (a word may: a tied head is part of the embedding).
-    """
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if pattern in WORDS:
-            chosen |= {site.name for site in sites if site.role == WORDS[pattern]}
-            continue
-        found = {s.name for s in sites if any(fnmatch.fnmatchcase(name, pattern) for name in (s.name, *s.tied))}
-        if not found:
-            raise UsageError(f"{pattern!r} matches no layer of the model; its sites: {_examples(sites)}")
-        chosen |= found
-    return [site for site in sites if site.name in chosen]
-
-
-def _examples(sites: list[Site]) -> str:
-    names = [site.name for site in sites]
-    return ", ".join(names[:3] + ["..."] * (len(names) > 4) + names[-1:]) if names else "none"
 
 
 @cache

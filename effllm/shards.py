@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from effllm import hf
 from effllm.checkpoint.skeleton import quiet
 from effllm.data.inputs import folder_batches
-from effllm.journal import file_digest
 from effllm.layers.placing import Members, decode_stored, encoded_module, read_stored, refuse_nonfinite
 from effllm.plans import Plan
+from effllm.resume import file_digest
 from effllm.site import norms_with_statistics
 from effllm.source import StoredModel
 from effllm.statistics.again import Seen

@@ -6,6 +6,7 @@ parameter that holds it and its number. Weights that are tied are one site.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +19,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from effllm.errors import UsageError
+
 Role = Literal["block", "embedding", "head"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTS = (nn.Linear, nn.Embedding, Conv1D, *CONVOLUTIONS)
+WORDS: dict[str, Role] = {"blocks": "block", "embeddings": "embedding", "head": "head"}
 LARGE = 0.01  # of the model's bytes: a weight above this that nothing touches is named
 
 
@@ -42,6 +46,8 @@ class Site:
     """Module paths of other modules that use the same weight."""
     expert: int | None = None
     """Its number, where the weight is one expert of a parameter `[experts, ...]`."""
+    kernel: tuple[int, ...] = ()
+    """The size of a convolution's kernel, the last of what its columns are: `[in / groups, *kernel]`."""
 
     @property
     def size(self) -> int:
@@ -102,13 +108,13 @@ def _stack(module: nn.Module) -> list[nn.Module]:
     """The members of a stack that hold weights; none where `module` is no stack."""
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return []
-    members = [child for child in module if any(True for name, _ in _weights(child) if name)]
+    members = [child for child in module if any(True for name, _ in _weights(child, packed=True) if name)]
     alike = len({type(member) for member in members}) < len(members)
     return members if isinstance(module, nn.ModuleList) or alike else []
 
 
 def _output_width(module: nn.Module) -> int:
-    *_, (_, last) = _weights(module)
+    *_, (_, last) = _weights(module, packed=True)
     return matrix_shape(last)[0]
 
 
@@ -132,8 +138,33 @@ def find_sites(model: nn.Module) -> list[Site]:
                 sites += [Site(f"{path}.{e}", shape, role, block, expert=e) for e in range(len(weight))]
         else:
             partners = tuple(target for target, source in tied.items() if source == name)
-            sites.append(Site(name, matrix_shape(module), role, block, partners))
+            kernel = module.kernel_size if isinstance(module, CONVOLUTIONS) else ()
+            sites.append(Site(name, matrix_shape(module), role, block, partners, kernel=kernel))
     return sites
+
+
+def select(patterns: list[str], sites: list[Site]) -> list[Site]:
+    """The sites that any of `patterns` matches, in model order.
+
+    Raises:
+        UsageError: a glob matches nothing (a word may: a tied head is part of the embedding).
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if pattern in WORDS:
+            chosen |= {site.name for site in sites if site.role == WORDS[pattern]}
+            continue
+        found = {s.name for s in sites if any(fnmatch.fnmatchcase(name, pattern) for name in (s.name, *s.tied))}
+        if not found:
+            raise UsageError(f"{pattern!r} matches no layer of the model; its sites: {examples(sites)}")
+        chosen |= found
+    return [site for site in sites if site.name in chosen]
+
+
+def examples(sites: list[Site]) -> str:
+    """Some names of sites, for a message."""
+    names = [site.name for site in sites]
+    return ", ".join(names[:3] + ["..."] * (len(names) > 4) + names[-1:]) if names else "none"
 
 
 def untied(model: nn.Module, sites: list[Site]) -> dict[str, torch.Tensor]:
@@ -184,6 +215,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
         return module.out_channels, module.weight[0].numel()
     if is_experts(module):
         return expert_shape(module, _expert_parameters(module)[-1][1])
+    if hasattr(module, "matrix_shape"):  # of a weight that is encoded
+        return cast(tuple[int, int], module.matrix_shape)
     rows, columns = cast(torch.Tensor, module.weight).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
@@ -194,13 +227,16 @@ def expert_shape(module: nn.Module, weight: torch.Tensor) -> tuple[int, int]:
     return (other, one) if cast(Any, module).is_transposed else (one, other)
 
 
-def _weights(model: nn.Module, experts: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose weight a codec can replace; a module that is registered twice comes under both names."""
+def _weights(model: nn.Module, experts: bool = True, packed: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose weight a codec can replace, and with `packed` those of which one has; a module that is registered
+    twice comes under both names."""
     attention: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention):
             attention.append(name + ".")
-        elif not name.startswith(tuple(attention)) and (_is_weight(module) or (experts and is_experts(module))):
+        elif not name.startswith(tuple(attention)) and (
+            _is_weight(module) or (experts and is_experts(module)) or (packed and hasattr(module, "matrix_shape"))
+        ):
             yield name, module
 
 

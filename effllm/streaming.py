@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
-import json
 import logging
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +15,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import effllm
-from effllm import hf
 from effllm.allocation.spending import Priced, price_folder
-from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header, resolve
+from effllm.checkpoint import Checkpoint, resolve
 from effllm.checkpoint.checksum import checksum, to_text
 from effllm.data.inputs import folder_batches, refuse_default
-from effllm.data.text import text_identity
+from effllm.edits import restructured
 from effllm.errors import EffllmError
-from effllm.journal import RunJournal, edit_entries, entries, shapes
 from effllm.layers.placing import by_parameter, decode_stored, read_stored, return_freed_memory
 from effllm.measure.evaluate import evaluate, has_held_out
 from effllm.measure.result import Result, describe_run
 from effllm.measure.work import refuse_too_large, working_memory
 from effllm.method import Codec, Score
+from effllm.output import Output, largest_bytes
 from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
 from effllm.report.model_folder import model_card, other_files
 from effllm.report.progress import track
 from effllm.report.remarks import remarks
-from effllm.shards import clear, shard_units, unit_tensors, write_shard
-from effllm.site import unchanged, untied
-from effllm.source import Source, StoredModel, arithmetic
+from effllm.resume import RunJournal
+from effllm.shards import shard_units, unit_tensors, write_shard
+from effllm.site import unchanged
+from effllm.source import StoredModel, arithmetic
 from effllm.statistics.again import Seen
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One folder-to-folder compression: what is asked for, and where it goes."""
-
-    name: str
-    checkpoint: Checkpoint
-    plan: Plan
-    out: Path
-    threads: int
-    seed: int = 0
-
-    @property
-    def partial(self) -> Path:
-        """Where the output grows until it is complete."""
-        return self.out.with_name(self.out.name + ".partial")
-
-    def key(self, source: StoredModel) -> str:
-        """Identifies the output's bytes: source, plan, dtype, version, and threads where floats are summed."""
-        facts = {
-            "source": self.checkpoint.identity(),
-            "plan": self.plan.model_dump(mode="json", exclude={"name", "description"}),
-            "dtype": str(source.dtype),
-            "version": effllm.__version__,
-            "threads": self.threads if self.plan.needs_data else None,
-            "text": [text_identity(text) for text in self.plan.calibration.sources] if self.plan.needs_data else None,
-        }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def compress_folder(
@@ -116,86 +80,62 @@ def compress_folder(
     wanted = load_plan(plan)
     name = Path(source).name if Path(source).is_dir() else str(source)
     target = Path(out or f"{name.replace('/', '-')}-{wanted.name}")
-    run = Run(name, checkpoint, wanted, target.resolve(), torch.get_num_threads(), seed)
     stored = StoredModel(checkpoint, dtype, device)
-    refuse_misfit(stored.model, stored.sites, wanted)
+    refuse_misfit(stored.model, wanted)
     refuse_default(wanted, stored.model)
-    needed = working_memory(stored.model, stored.sites, wanted, stored.dtype)
-    refuse_too_large(needed, max_memory, wanted)
-    key = run.key(stored)
-    if _finished(run, key, overwrite):
-        RunJournal.remove(run.out)
-        return _result(run, began, None, "already done: nothing was changed")
+    refuse_too_large(working_memory(stored.model, stored.sites, wanted, stored.dtype), max_memory, wanted)
+    output = Output(target.resolve(), name, checkpoint, wanted, stored.dtype, torch.get_num_threads(), overwrite)
+    if output.exists():
+        RunJournal.remove(output.path)
+        return _result(output, began, message="already done: nothing was changed")
     if overwrite:
-        RunJournal.forget(run.partial)
+        RunJournal.forget(output.partial)
     other_files(checkpoint.folder)
-    _check_disk(run, largest_bytes(stored, wanted.options(stored.sites)) + sum(stored.unloaded.values()))
+    if wanted.structure():
+        edited = restructured(checkpoint, wanted.structure(), wanted.calibration, stored.device, seed)
+        stored = StoredModel(edited, dtype, device)
+    output.check_disk(largest_bytes(stored, wanted.options(stored.sites)) + sum(stored.unloaded.values()))
     measure = wanted.needs_data if check is None else check
     measure = measure and has_held_out(stored.model, target) and (bool(check) or _fits(checkpoint))
     try:
-        with _explain_full_disk(run):
-            result = _carry_out(run, stored, key, measure, overwrite, began)
+        with output.explain_full_disk():
+            return _carry_out(output, stored, measure, seed, began)
     except FileNotFoundError:
-        if not _finished(run, key, overwrite=False):
+        if not replace(output, overwrite=False).exists():
             raise
-        return _result(run, began, None, "finished by another process")
-    return result
+        return _result(output, began, message="finished by another process")
 
 
-def _carry_out(run: Run, source: StoredModel, key: str, measure: bool, overwrite: bool, began: float) -> Result:
-    journal = RunJournal(run.partial, key)
-    if _finished(run, key, overwrite):
+def _carry_out(output: Output, source: StoredModel, measure: bool, seed: int, began: float) -> Result:
+    journal = RunJournal(output.partial, output.key)
+    if output.exists():
         journal.discard()
-        return _result(run, began, None, "finished by another process")
+        return _result(output, began, message="finished by another process")
     try:
-        assigned, priced = _choose(run, source, journal)
+        assigned, priced = _choose(output, source, journal, seed)
         left = unchanged(source.model, source.sites, assigned)
-        for line in remarks(source.model, source.sites, run.plan, left):
+        for line in remarks(source.model, source.sites, output.plan, left):
             logger.warning(line)
         for name in source.unloaded:
             logger.warning("not loaded by the class, kept byte for byte: %s", name)
-        shards = _rewrite(run, source, assigned, priced, journal)
+        shards = _rewrite(output, source, assigned, priced, journal)
     except EffllmError:
         journal.discard()
         raise
+    folder, original = output.partial, output.checkpoint.folder
     with journal.claim("finish"):
-        _write_index(run, [run.partial / shard["file"] for shard in shards])
+        output.write_index([folder / shard["file"] for shard in shards])
         checksums = to_text(number for shard in shards for number in shard["checksums"])
-        _write_config(run, source, assigned, key, checksums)
-        for name, file in other_files(run.checkpoint.folder).items():
-            shutil.copyfile(file, run.partial / name)
-        measured = evaluate(run.partial, baseline=run.checkpoint.folder) if measure else None
+        output.write_config(source.sites, assigned, checksums)
+        for name, file in other_files(original).items():
+            shutil.copyfile(file, folder / name)
+        measured = evaluate(folder, baseline=original) if measure else None
         predicted = priced.predicted(assigned) if priced else None
-        result = _result(run, began, measured, folder=run.partial, predicted=predicted)
-        (run.partial / "README.md").write_text(model_card(run.name, run.checkpoint.folder, result), encoding="utf-8")
-        _publish(run, overwrite)
-    RunJournal.remove(run.out)
+        result = _result(output, began, folder, measured, predicted)
+        (folder / "README.md").write_text(model_card(output.name, original, result), encoding="utf-8")
+        output.publish()
+    RunJournal.remove(output.path)
     return result
-
-
-def largest_bytes(source: Source, options: dict[str, tuple[Codec, ...]]) -> int:
-    """An upper bound of the output's tensor bytes: each site at the largest option that the plan may choose."""
-    state = untied(source.model, source.sites)
-    total: int = sum(tensor.nbytes for tensor in state.values())
-    for site in source.sites:
-        if site.name in options:
-            dense = site.size * state[site.parameter].itemsize
-            total += max(codec.stored_bytes(site.shape) for codec in options[site.name]) - dense
-    return total
-
-
-def _finished(run: Run, key: str, overwrite: bool) -> bool:
-    """Whether `out` is this very output; raises where it holds something else."""
-    if not run.out.exists() or (run.out.is_dir() and not any(run.out.iterdir())):
-        return False
-    ours = (run.out / "config.json").is_file() and _quantization(run.out).get("quant_method") == "effllm"
-    if ours and (_quantization(run.out).get("source") or {}).get("key") == key and not overwrite:
-        return True
-    if not ours:
-        raise EffllmError(f"{run.out} holds something that effllm did not write; choose another --out")
-    if not overwrite:
-        raise EffllmError(f"{run.out} holds another effllm model; pass --overwrite to replace it, or another --out")
-    return False
 
 
 def _fits(checkpoint: Checkpoint) -> bool:
@@ -206,49 +146,22 @@ def _fits(checkpoint: Checkpoint) -> bool:
     return bool(needed <= free)
 
 
-def _quantization(folder: Path) -> dict[str, Any]:
-    return read_config(folder).get("quantization_config") or {}
-
-
-def _check_disk(run: Run, needed: int) -> None:
-    done = sum(file.stat().st_size for file in run.partial.glob("*.safetensors")) if run.partial.exists() else 0
-    existing = next(parent for parent in run.out.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed - done > free:
-        raise EffllmError(
-            f"{existing} has {free / 1e6:,.1f} MB free, and the output needs up to {(needed - done) / 1e6:,.1f} MB more; "
-            "free some, or choose another --out"
-        )
-
-
-@contextlib.contextmanager
-def _explain_full_disk(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise EffllmError(
-            f"no room left in {run.out.parent} ({os.strerror(error.errno)}); free some and give the same command: what is "
-            f"finished in {run.partial.name} is kept"
-        ) from None
-
-
-def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[str, Codec], Priced | None]:
+def _choose(
+    output: Output, source: StoredModel, journal: RunJournal, seed: int
+) -> tuple[dict[str, Codec], Priced | None]:
     """The codec of every site, and the prices, where the plan has some; what an earlier run recorded is not done again."""
-    priced = None
-    if run.plan.limited or run.plan.solves:
-        priced = price_folder(run.plan, run.checkpoint, source.device, run.seed)
-    if priced is not None and run.plan.limited:
-        return priced.solution(source.model, run.checkpoint.stored_bytes, source.unloaded).assigned, priced
+    plan = output.plan
+    priced = price_folder(plan, source.checkpoint, source.device, seed) if plan.priced else None
+    if priced is not None and plan.limited:
+        return priced.solution(source.model, output.checkpoint.stored_bytes, source.unloaded).assigned, priced
     ranks: dict[Score, dict[str, float]] = {}
-    for score in run.plan.scores():
+    for score in plan.scores():
         with journal.claim(f"score-{score.name()}"):
             line = journal.find("score", score.label())
             if line is None:
-                settings, folder = run.plan.calibration, run.checkpoint.folder
+                settings, folder = plan.calibration, output.checkpoint.folder
                 if score.needs_data:
-                    walked = StoredModel(run.checkpoint, arithmetic(source.dtype, source.device), source.device)
+                    walked = StoredModel(source.checkpoint, arithmetic(source.dtype, source.device), source.device)
                     values = score.score(walked, folder_batches(settings, walked.model, folder))
                 else:
                     values = score.score(source, [])
@@ -256,19 +169,19 @@ def _choose(run: Run, source: StoredModel, journal: RunJournal) -> tuple[dict[st
             else:
                 values = line["values"]
         ranks[score] = values
-    return run.plan.assign(source.sites, ranks), priced
+    return plan.assign(source.sites, ranks), priced
 
 
 def _rewrite(
-    run: Run, source: StoredModel, assigned: dict[str, Codec], priced: Priced | None, journal: RunJournal
+    output: Output, source: StoredModel, assigned: dict[str, Codec], priced: Priced | None, journal: RunJournal
 ) -> list[dict[str, Any]]:
     """Writes one shard a unit, skipping those that are done; returns the journal's lines once every one stands."""
-    units, members = shard_units(source, run.plan), by_parameter(source.sites, assigned)
+    units, members = shard_units(source, output.plan), by_parameter(source.sites, assigned)
     files = {unit: f"model-{i:05d}-of-{len(units):05d}.safetensors" for i, unit in enumerate(units, start=1)}
 
     def written(unit: str) -> dict[str, Tensor]:
         with journal.claim(f"unit-{units.index(unit)}"):
-            return load_file(run.partial / journal.find("unit", unit)["file"])  # type: ignore[index]
+            return load_file(output.partial / journal.find("unit", unit)["file"])  # type: ignore[index]
 
     def decoded(unit: str) -> dict[str, Tensor]:
         tensors = written(unit)
@@ -280,7 +193,7 @@ def _rewrite(
         """Units with what came by at them, in the order in which they come by."""
         visited = set()
         if priced is not None and priced.prices is not None:
-            if run.plan.inputs == "compressed":
+            if output.plan.inputs == "compressed":
                 again = priced.again(assigned, decoded)
             else:
                 left = {site.name for site in source.sites if {*pending} & {*source.units_of([site])}}
@@ -300,70 +213,32 @@ def _rewrite(
         for unit, seen in track(visits(pending), "rewrite", total=len(pending)):
             with journal.claim(f"unit-{units.index(unit)}", wait=waiting) as mine:
                 if mine and journal.find("unit", unit) is None:
-                    tensors = unit_tensors(source, run.plan, unit, members, seen, written)
-                    digest = write_shard(run.partial / files[unit], tensors)
+                    tensors = unit_tensors(source, output.plan, unit, members, seen, written)
+                    digest = write_shard(output.partial / files[unit], tensors)
                     checksums = [checksum(name, tensor) for name, tensor in tensors.items()]
                     journal.add("unit", unit, file=files[unit], sha256=digest, checksums=checksums)
         waiting = True
 
 
-def _write_index(run: Run, files: list[Path]) -> None:
-    headers = {file.name: read_header(file) for file in files}
-    total = sum(tensor.nbytes for header in headers.values() for tensor in header.values())
-    weight_map = {name: file for file, header in headers.items() for name in header}
-    _write_json(
-        run.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
-
-
-def _write_config(run: Run, source: StoredModel, assigned: dict[str, Codec], key: str, checksums: str) -> None:
-    config = {k: v for k, v in run.checkpoint.config.items() if k not in ("torch_dtype", "auto_map")}
-    config["dtype"] = str(source.dtype).removeprefix("torch.")
-    quantization = hf.EffllmConfig(
-        entries(assigned),
-        shapes(source.sites, assigned),
-        plan=run.plan.model_dump(mode="json", exclude_defaults=True),
-        source={"model": run.name, "key": key},
-        checksums=checksums,
-        edits=edit_entries(run.plan.edits()),
-    )
-    _write_json(run.partial / "config.json", {**config, "quantization_config": quantization.to_dict()})
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _publish(run: Run, overwrite: bool) -> None:
-    """Gives the finished folder its name. The earlier output, if any, is gone only after that."""
-    for stray in run.partial.glob("*.tmp"):
-        clear(stray)
-    for file in run.partial.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    if overwrite and run.out.exists():
-        old = Path(tempfile.mkdtemp(prefix=run.out.name + ".old-", dir=run.out.parent))
-        run.out.rename(old)
-        run.partial.rename(run.out)
-        shutil.rmtree(old)
-    else:
-        run.partial.rename(run.out)
-
-
 def _result(
-    run: Run, began: float, measured: Result | None, message: str = "", folder: Path | None = None,
+    output: Output,
+    began: float,
+    folder: Path | None = None,
+    measured: Result | None = None,
     predicted: float | None = None,
-) -> Result:  # fmt: skip
+    message: str = "",
+) -> Result:
     """The Result of a run: what was measured, or what can be read off the finished folder."""
-    finished = folder or run.out
-    facts = describe_run(finished, model=str(run.out), base_model=run.name, seconds=time.monotonic() - began)
+    facts = describe_run(
+        folder or output.path, model=str(output.path), base_model=output.name, seconds=time.monotonic() - began
+    )
     values = (measured.model_dump() if measured else {}) | {k: v for k, v in facts.items() if v is not None}
     return Result.model_validate(
         {
             **values,
             "command": "compress",
             "message": message,
-            "baseline": run.name if measured else None,
+            "baseline": output.name if measured else None,
             "predicted_kl": predicted,
         }
     )

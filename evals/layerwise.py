@@ -41,14 +41,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import effllm
 from effllm.checkpoint import Checkpoint, resolve
+from effllm.data.inputs import BATCH
 from effllm.data.text import EVALUATION_TEXT, token_windows
-from effllm.journal import RunJournal
 from effllm.layers.placing import codec_modules
 from effllm.measure.evaluate import Comparison, compare, standard_error
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec
-from effllm.pipeline import BATCH
 from effllm.plans import Calibration, Plan, load_plan
+from effllm.resume import RunJournal
 from effllm.source import LiveModel
 
 SEEDS = (0, 1, 2)

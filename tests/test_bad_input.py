@@ -29,8 +29,8 @@ import effllm
 from effllm import cli
 from effllm.checkpoint.folder import INDEX, SINGLE, Checkpoint
 from effllm.errors import EffllmError, UsageError
-from effllm.method import from_spec
 from effllm.plans import load_plan
+from effllm.registry import from_spec
 from effllm.source import StoredModel
 
 PLAN = "uniform-4bit"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import effllm
 from effllm.errors import EffllmError, UsageError
-from effllm.method import from_spec
+from effllm.registry import from_spec
 from effllm.site import find_sites
 
 pytest.importorskip("bitsandbytes", reason="needs pip install 'effllm[bitsandbytes]'")

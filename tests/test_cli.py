@@ -10,8 +10,8 @@ import pytest
 
 from effllm import cli
 from effllm.measure.result import Result
-from effllm.method import methods
 from effllm.plans import load_plan
+from effllm.registry import methods
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from torch import nn
 
 import effllm
 from effllm.errors import EffllmError, UsageError
-from effllm.method import Edit, methods
+from effllm.method import Edit
 from effllm.plans import load_plan
+from effllm.registry import methods
 
 EDITS = [name for name, cls in methods().items() if issubclass(cls, Edit)]
 HOSTS = ["llava", "qwen2_vl", "llama", "vit", "mixtral"]

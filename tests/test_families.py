@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 import effllm
 from effllm.layers import CodecModule
-from effllm.method import Codec, methods
+from effllm.method import Codec
+from effllm.registry import methods
 from effllm.site import find_blocks, find_sites, unchanged
 
 CODECS = [name for name, cls in methods().items() if issubclass(cls, Codec)]

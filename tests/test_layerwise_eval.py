@@ -15,11 +15,11 @@ from conftest import save, tiny_llama
 
 import effllm
 from effllm.checkpoint import Checkpoint
-from effllm.journal import RunJournal
+from effllm.data.inputs import calibration_batches
 from effllm.measure.evaluate import compare
 from effllm.measure.result import Result, bits_per_weight
-from effllm.pipeline import calibration_batches
 from effllm.plans import Calibration, load_plan
+from effllm.resume import RunJournal
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from reader import read
 import effllm
 from effllm.errors import UsageError
 from effllm.layers.placing import codec_modules
-from effllm.method import from_spec
 from effllm.methods.awq import Awq
 from effllm.methods.hadamard import Hadamard, block_size, rotation
 from effllm.methods.quantize import Quantize
 from effllm.moments import Metric, Moments
+from effllm.registry import from_spec
 
 BOTH = [Hadamard(codec=Quantize(bits=3)), Awq(codec=Quantize(bits=3), exponent=0.5)]
 

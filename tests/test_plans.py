@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from effllm.errors import UsageError
 from effllm.journal import codecs, entries
-from effllm.method import from_spec
 from effllm.methods.lim import Lim
 from effllm.methods.quantize import Quantize
 from effllm.methods.random import Random
-from effllm.plans import Plan, Step, load_plan, presets, select
-from effllm.site import find_sites
+from effllm.plans import Plan, Step, load_plan, presets
+from effllm.registry import from_spec
+from effllm.site import find_sites, select
 
 SITES = find_sites(tiny_llama(tied=False, layers=8))
 LAYERWISE = {

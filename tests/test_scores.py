@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
 from effllm.checkpoint import Checkpoint
-from effllm.method import Score, from_spec, methods
+from effllm.method import Score
 from effllm.plans import load_plan
+from effllm.registry import from_spec, methods
 from effllm.source import LiveModel, StoredModel
 
 

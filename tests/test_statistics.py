@@ -21,7 +21,7 @@ from effllm.moments import Metric, Moments
 from effllm.site import Site
 from effllm.source import LiveModel, StoredModel
 from effllm.statistics import DRAWS, Sums, Sweep, Tap, moments, share_experts, tap
-from effllm.statistics.tap import state_of
+from effllm.statistics.sums import state_of
 
 PRICED = [name for name in FAMILIES if name not in ("siglip", "clip")]
 

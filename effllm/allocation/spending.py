@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +21,12 @@ from effllm.data.inputs import folder_batches
 from effllm.data.text import text_identity
 from effllm.errors import UsageError
 from effllm.method import Codec
-from effllm.plans import Plan, Step, select
+from effllm.plans import Plan, Step
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.report.progress import track
-from effllm.site import untied
+from effllm.resume import run_key
+from effllm.site import select, untied
 from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype
 from effllm.statistics.again import Seen, moments_again
 
@@ -159,16 +158,15 @@ def _collected(plan: Plan, source: Source, batches: Sequence[Batch], folder: Pat
 
 def price_key(plan: Plan, checkpoint: Checkpoint, device: torch.device, seed: int) -> str:
     """Identifies prices: what they were found on, and how."""
-    facts = {
-        "source": checkpoint.identity(),
-        "calibration": plan.calibration.model_dump(mode="json"),
-        "text": [text_identity(text) for text in plan.calibration.sources],
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "version": effllm.__version__,
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return run_key(
+        source=checkpoint.identity(),
+        calibration=plan.calibration.model_dump(mode="json"),
+        text=[text_identity(text) for text in plan.calibration.sources],
+        device=device.type,
+        threads=torch.get_num_threads(),
+        version=effllm.__version__,
+        seed=seed,
+    )
 
 
 def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: Path, seed: int = 0) -> Priced:

@@ -105,13 +105,14 @@ class Checkpoint:
                     total.update(memoryview(buffer)[:count])
         return total.hexdigest()
 
-    def quantization(self) -> str | None:
-        """The name of the quantization that the checkpoint already carries, if any."""
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What the config says of the quantization that the checkpoint already carries; empty where it carries none."""
         for config in (self.config, self.config.get("text_config") or {}):
             found = config.get("quantization_config") or config.get("compression_config")
             if found:
-                return str(found.get("quant_method", "unknown"))
-        return None
+                return {"quant_method": "unknown", **found}
+        return {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

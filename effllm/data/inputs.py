@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from effllm.checkpoint import resolve
 from effllm.data.images import image_batches
 from effllm.data.own import own_windows
 from effllm.data.pairs import holds_pairs, pair_batches
 from effllm.data.speech import speech_batches
-from effllm.data.text import load_tokenizer, split_weight, token_windows
+from effllm.data.text import Document, load_tokenizer, split_weight, token_windows, windows_of
 from effllm.errors import UsageError
 from effllm.plans import Calibration, Plan
 from effllm.source import Batch
@@ -81,6 +83,41 @@ def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) 
         "calibration: %s, %d %s", ", ".join(settings.sources), count, "images" if kind == "images" else "recordings"
     )
     return [{name: _cast(tensor, model) for name, tensor in batch.items()} for batch in batches]
+
+
+def live_batches(
+    model: nn.Module,
+    plan: Plan,
+    calibration: list[Document] | Tensor | Sequence[Batch] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Sequence[Batch]:
+    """Calibration data for a live model, in the forms that `effllm.compress` takes; by default what the plan names.
+
+    Raises:
+        UsageError: the plan learns from data, and none were given or can be found for this model.
+    """
+    if isinstance(calibration, Tensor):
+        name = getattr(model, "main_input_name", "input")
+        return [{name: part} for part in calibration.split(BATCH)]
+    if calibration and isinstance(calibration[0], Mapping):
+        return cast(Sequence[Batch], calibration)
+    path = getattr(getattr(model, "config", None), "name_or_path", "")
+    if isinstance(model, PreTrainedModel) and modality(model) != "text":
+        if calibration is not None or not path:
+            raise UsageError(
+                f"plan {plan.name} learns from {model.main_input_name}: pass calibration= as a tensor, or as batches by name"
+            )
+        refuse_default(plan, model)
+        return folder_batches(plan.calibration, model, resolve(path))
+    if tokenizer is None and not path:
+        raise UsageError(f"plan {plan.name} needs calibration text: pass tokenizer=, or calibration= as token ids")
+    tokenizer = tokenizer or load_tokenizer(path)
+    settings = plan.calibration
+    if calibration is None:
+        return calibration_batches(settings, tokenizer)
+    texts = cast(list[Document], calibration)
+    windows = windows_of(tokenizer, texts, settings.samples, settings.sequence_length, "calibration=")
+    return [{"input_ids": part} for part in windows.split(BATCH)]
 
 
 def _text_and_pairs(settings: Calibration, model: PreTrainedModel, folder: Path) -> list[Batch]:

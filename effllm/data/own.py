@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +14,7 @@ from effllm.checkpoint import Checkpoint
 from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.data.caching import cache_folder
 from effllm.errors import EffllmError
+from effllm.resume import run_key
 
 AT_ONCE = 16  # texts written together
 PLACE = "the place of a message"
@@ -32,9 +31,8 @@ def own_windows(folder: Path, tokenizer: PreTrainedTokenizerBase, samples: int, 
     Raises:
         EffllmError: the model writes nothing, or is no language model.
     """
-    facts = [Checkpoint.open(folder).identity(), samples, length, seed]
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    file = cache_folder("texts") / f"{key}.safetensors"
+    key = run_key(source=Checkpoint.open(folder).identity(), samples=samples, length=length, seed=seed)
+    file = cache_folder("texts") / f"{key[:16]}.safetensors"
     if not file.exists():
         logger.info("calibration: the model writes %d x %d tokens", samples, length)
         ids = _written(folder, tokenizer, samples * length, length, seed)

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from effllm.checkpoint import Checkpoint
 from effllm.errors import EffllmError, UsageError
-from effllm.journal import JOURNAL
 from effllm.measure.result import Result, describe_run
 from effllm.report.model_folder import model_card
+from effllm.resume import JOURNAL
 
 
 def push_to_hub(
@@ -69,7 +69,7 @@ def write_card(folder: Path, repo_id: str, base_model: str | None, origin: Path 
     if (folder / JOURNAL).exists():
         raise EffllmError(f"{folder} is unfinished; give its compress command again, then push")
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.quantization() != "effllm":
+    if checkpoint.quantization.get("quant_method") != "effllm":
         raise UsageError(f"{folder} is not packed by effllm; compress it first")
     if not (folder / "README.md").exists():
         facts = describe_run(folder, model=repo_id, base_model=base_model, seconds=0.0)

@@ -20,8 +20,7 @@ from effllm.checkpoint import Checkpoint
 from effllm.checkpoint.skeleton import skeleton, stored_dtype
 from effllm.hf import EffllmConfig
 from effllm.journal import codecs
-from effllm.plans import select
-from effllm.site import find_sites
+from effllm.site import find_sites, select
 
 
 class Result(BaseModel):
@@ -165,8 +164,8 @@ def describe_run(folder: Path, model: str, base_model: str | None, seconds: floa
 
 
 def _journal(checkpoint: Checkpoint) -> EffllmConfig | None:
-    quantization = checkpoint.config.get("quantization_config") or {}
-    return EffllmConfig(**quantization) if quantization.get("quant_method") == "effllm" else None
+    ours = checkpoint.quantization.get("quant_method") == "effllm"
+    return EffllmConfig(**checkpoint.quantization) if ours else None
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:

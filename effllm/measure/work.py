@@ -13,7 +13,7 @@ from effllm.measure.memory import hidden_shape
 from effllm.plans import Plan
 from effllm.site import Site
 from effllm.statistics import DRAWS
-from effllm.statistics.tap import WIDEST
+from effllm.statistics.sums import WIDEST
 
 
 def working_memory(model: PreTrainedModel, sites: list[Site], wanted: Plan, dtype: torch.dtype) -> int:

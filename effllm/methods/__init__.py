@@ -19,7 +19,7 @@ else:
 class _Methods(ModuleType):
     def __call__(self) -> dict[str, type[Method]]:
         """Every registered method by name; the class docstring is its documentation."""
-        from effllm.method import methods
+        from effllm.registry import methods
 
         return methods()
 

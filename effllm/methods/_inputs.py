@@ -10,9 +10,10 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from effllm.method import Codec, CodecField, Layout
+from effllm.method import Codec, Layout
 from effllm.methods.quantize import Quantize
 from effllm.moments import Metric, Moments
+from effllm.registry import CodecField
 
 AT_ONCE = 1 << 22  # numbers of a metric that are mapped together
 Data = dict[str, Tensor]
@@ -52,11 +53,9 @@ class MapsInputs(Codec):
     def trainable(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.codec.trainable
 
-    def label(self) -> str:
-        own = self.model_dump(exclude={"codec"}, exclude_defaults=True)
-        return f"{self.name()}:" + ",".join(
-            [*(f"{key}={value}" for key, value in own.items()), f"codec={self.codec.label()}"]
-        )
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        return self.codec.by_rows
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         own = self.fit(torch.empty(shape, device="meta"), None)

@@ -56,6 +56,10 @@ class Quantize(Codec):
     symmetric: bool = False
     range: Literal["minmax", "search"] = "search"
 
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        return self.group_size != "tensor"
+
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
         fitting: list[int | Literal["row"]] = [size for size in (32, 64, 128, 256) if site.shape[1] >= size]

@@ -22,15 +22,17 @@ def price(
     `sample_rows` gives them; all by default.
     """
     index, counts = rows or (torch.arange(len(weight), device=weight.device), torch.ones(len(weight)))
-    part, seen = weight[index], moments.of(index)
-    by_class: dict[type[Codec], list[Codec]] = {}
+    part, of_part = weight[index], moments.of(index)
+    alike: dict[tuple[type[Codec], bool], list[Codec]] = {}
     for codec in codecs:
-        by_class.setdefault(type(codec), []).append(codec)
+        alike.setdefault((type(codec), codec.by_rows), []).append(codec)
     found: dict[Codec, float] = {}
-    for cls, members in by_class.items():
-        for codec, data in zip(members, cls.encode_each(members, part, seen), strict=True):
-            decoded = codec.decode(data, (len(index), weight.shape[1]))
-            found[codec] = expected(decoded.float() - part.float(), moments, (index, counts))
+    for (cls, by_rows), members in alike.items():
+        given, seen = (part, of_part) if by_rows else (weight, moments)
+        for codec, data in zip(members, cls.encode_each(members, given, seen), strict=True):
+            decoded = codec.decode(data, (len(given), given.shape[1])).float()
+            errors = (decoded if by_rows else decoded[index]) - part.float()
+            found[codec] = expected(errors, moments, (index, counts))
     return [found[codec] for codec in codecs]
 
 
@@ -46,10 +48,11 @@ def relative_error(codec: Codec, weight: Tensor) -> float:
     That every matrix's relative error counts alike is the assumption behind the linearity theorem of HIGGS (arXiv
     2411.17525) with equal coefficients. It orders options; it is no KL.
     """
-    index = torch.linspace(0, len(weight) - 1, min(len(weight), MOST)).long().to(weight.device)
-    part = weight[index].float()
-    decoded = codec.decode(codec.encode(part), (len(index), weight.shape[1]))
-    return float((decoded.float() - part).square().sum() / part.square().sum().clamp_min(1e-30))
+    if codec.by_rows:
+        weight = weight[torch.linspace(0, len(weight) - 1, min(len(weight), MOST)).long().to(weight.device)]
+    weight = weight.float()
+    decoded = codec.decode(codec.encode(weight), (len(weight), weight.shape[1]))
+    return float((decoded.float() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
 def sample_rows(weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:

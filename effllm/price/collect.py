@@ -11,20 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from effllm.checkpoint.tensors import read_tensors, write_tensors
-from effllm.journal import JOURNAL, RunJournal
 from effllm.layers.placing import refuse_nonfinite
 from effllm.method import Codec
-from effllm.moments import Moments
 from effllm.price import expected, price, sample_rows
 from effllm.price.probe import Weights, probe
+from effllm.resume import JOURNAL, RunJournal
 from effllm.site import Site
 from effllm.source import Batch, Source
 from effllm.statistics import DRAWS, TIED, Sums, Sweep, moments, share_experts
-from effllm.statistics.tap import state_of, uses_of
+from effllm.statistics.sums import state_of, uses_of
 
 PROBED_BITS = 4.0  # stored bits per weight of the option that is probed, or as near as the options come
 PROBE_TOKENS = 1024
@@ -135,7 +131,9 @@ def _price_gate(
         codec = min(options[site.name], key=lambda one: abs(8 * one.stored_bytes(site.shape) / site.size - PROBED_BITS))
         decoded = codec.decode(codec.encode(weight), site.shape).to(weight.dtype)
         unit = site.block or site.name
-        predicted[unit] = predicted.get(unit, 0.0) + expected(decoded[index].float() - weight[index].float(), found, rows)
+        predicted[unit] = predicted.get(unit, 0.0) + expected(
+            decoded[index].float() - weight[index].float(), found, rows
+        )
         if site.parameter not in changed:
             _spool_probe(spool, changed)
             changed = {site.parameter: source.model.get_parameter(site.parameter).detach().clone()}

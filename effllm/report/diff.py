@@ -11,12 +11,13 @@ from rich.table import Table
 
 from effllm.allocation.spending import cache, price_key
 from effllm.checkpoint import Checkpoint, resolve
+from effllm.edits import applied
 from effllm.errors import UsageError
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan
 from effllm.price.collect import Prices, cached_prices
 from effllm.report.dry_run import plan as describe
-from effllm.site import Site
+from effllm.site import Site, find_sites
 from effllm.source import StoredModel
 
 
@@ -54,11 +55,13 @@ def diff(one: str | Path | Plan, other: str | Path | Plan, model: str | Path, re
     checkpoint = Checkpoint.open(resolve(model, revision))
     source = StoredModel(checkpoint)
     plans = [_concrete(plan, model, revision, device, seed) for plan in (one, other)]
-    assigned = [plan.assign(source.sites, {}) for plan in plans]
+    with applied(source.model, plans[0].structure()):
+        sites = find_sites(source.model)
+    assigned = [plan.assign(sites, {}) for plan in plans]
     prices = [_prices(plan, checkpoint, device, seed) for plan in plans]
     dense = source.dtype.itemsize
     found = []
-    for site in source.sites:
+    for site in sites:
         codecs = [codecs.get(site.name) for codecs in assigned]
         if codecs[0] != codecs[1]:
             sides = [_side(site, codec, price, dense) for codec, price in zip(codecs, prices, strict=True)]

@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 
 from effllm.allocation.spending import price_folder
 from effllm.checkpoint import Checkpoint, aliases, resolve
-from effllm.checkpoint.skeleton import model_class, skeleton
+from effllm.checkpoint.skeleton import model_class, skeleton, stored_dtype
 from effllm.data.inputs import refuse_default
+from effllm.edits import applied, restructured
 from effllm.errors import UsageError
 from effllm.measure.memory import Memory, kv_cache, scratch
 from effllm.measure.work import working_memory
 from effllm.method import Codec
 from effllm.moments import Metric, Moments
-from effllm.plans import Plan, load_plan, select
+from effllm.plans import Plan, load_plan
 from effllm.report.remarks import remarks
-from effllm.site import Site, find_sites, unchanged
+from effllm.site import Site, find_sites, select, unchanged, untied
 from effllm.source import StoredModel
 
 HEADER_BYTES = 120  # of one tensor in a safetensors header, about
@@ -112,7 +113,8 @@ def plan(
         name = str(model)
         stored = StoredModel(Checkpoint.open(resolve(model, revision)))
         shape, unloaded = stored.model, stored.unloaded
-    return _describe(name, shape, wanted, context, unloaded)
+    with applied(shape, wanted.structure()):
+        return _describe(name, shape, wanted, context, unloaded)
 
 
 def _within_budget(
@@ -122,9 +124,9 @@ def _within_budget(
     if isinstance(model, PreTrainedModel):
         raise UsageError("a budget is planned for a model folder; of a live model, effllm.compress spends it at once")
     checkpoint = Checkpoint.open(resolve(model, revision))
-    stored = StoredModel(checkpoint)
-    refuse_default(wanted, stored.model)
-    priced = price_folder(wanted, checkpoint, device, seed)
+    refuse_default(wanted, skeleton(checkpoint.config, stored_dtype(checkpoint)))
+    edited = restructured(checkpoint, wanted.structure(), wanted.calibration, torch.device(device), seed)
+    stored, priced = StoredModel(edited), price_folder(wanted, edited, device, seed)
     solution = priced.solution(stored.model, checkpoint.stored_bytes, stored.unloaded)
     concrete = priced.concrete(solution)
     found = _describe(str(model), stored.model, concrete, context, stored.unloaded)
@@ -135,9 +137,8 @@ def _within_budget(
 def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unloaded: dict[str, int]) -> DryRun:
     sites, extra = find_sites(model), sum(unloaded.values())
     options = wanted.options(sites)
-    state = {key: tensor.nbytes for key, tensor in model.state_dict().items()}
-    tied = {f"{other}.weight" for site in sites for other in site.tied}
-    original = sum(size for key, size in state.items() if key not in tied)
+    state = untied(model, sites)
+    original = sum(tensor.nbytes for tensor in state.values())
     dtype = model.dtype
     plain = {site.name: site.size * dtype.itemsize for site in sites}
     chosen = _expected_bytes(wanted, sites, options, plain)
@@ -147,7 +148,7 @@ def _describe(name: str, model: PreTrainedModel, wanted: Plan, context: int, unl
     others = len(state) - len({site.parameter for site in sites})
     excluded = {site.name for site in select(wanted.exclude, sites)}
     counted = [site for site in sites if site.name not in excluded]
-    weights_bytes = outside + sum(chosen.values()) + extra
+    weights_bytes = outside + round(sum(chosen.values())) + extra
     memory = Memory(weights_bytes, kv_cache(model.config, context, dtype), scratch(sites, model.config, context, dtype))
     left = unchanged(model, sites, options)
     return DryRun(

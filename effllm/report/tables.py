@@ -12,8 +12,9 @@ from rich.table import Table
 
 from effllm.errors import UsageError, nearest
 from effllm.measure.result import Result
-from effllm.method import Codec, Edit, Method, Score, methods
+from effllm.method import Codec, Edit, Method, Score
 from effllm.plans import load_plan, presets
+from effllm.registry import methods
 from effllm.report.dry_run import DryRun
 
 SHOWN = 2  # options of a block that the table of a plan spells out

@@ -14,8 +14,9 @@ from effllm.site import Site
 from effllm.source import Batch, Source
 from effllm.source.lockstep import Call
 from effllm.statistics.head import positions
+from effllm.statistics.sums import Sums, moments_of, share_experts
 from effllm.statistics.sweep import DRAWS, experts_one_by_one
-from effllm.statistics.tap import Replay, Sums, moments_of, share_experts
+from effllm.statistics.tap import Replay
 
 AT_ONCE = 2  # inputs of an example
 Kept = Callable[[str, int], list[Sums]]

@@ -30,7 +30,8 @@ from effllm.source import Batch, Source, evaluating
 from effllm.source.lockstep import Call
 from effllm.statistics.head import counted, head_logits, logits_at_once, logits_of, positions, sites_behind
 from effllm.statistics.spool import Spool
-from effllm.statistics.tap import Sums, Tap, state_of, uses_of
+from effllm.statistics.sums import Sums, state_of, uses_of
+from effllm.statistics.tap import Tap
 
 DRAWS = 2  # labels of every token
 HEAD = "head"  # the name under which weights behind the base model come

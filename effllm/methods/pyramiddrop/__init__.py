@@ -177,7 +177,7 @@ class PyramidDrop(Edit):
 def apply_pyramiddrop(model: nn.Module, **settings: Any) -> Any:
     """Applies `PyramidDrop(**settings)` to a vision-language model; `remove()` of what comes back restores it exactly."""
     from effllm.edits import apply
-    from effllm.method import validated
+    from effllm.registry import validated
 
     return apply(model, validated(PyramidDrop, settings, "pyramiddrop"))
 

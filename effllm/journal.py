@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import nn
+
 from effllm.errors import EffllmError, UsageError
 from effllm.method import Codec, Edit
 from effllm.registry import from_spec
@@ -84,6 +86,14 @@ def edits(entries: Entries) -> list[Edit]:
             raise EffllmError(f"an edit needs method and settings, not {str(entry)[:200]}")
         found.append(_method(entry, Edit))
     return found
+
+
+def restore_structure(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """`model`, as built from a `config.json`, with those edits on it that the config names and that change the structure."""
+    for edit in edits((config.get("quantization_config") or {}).get("edits") or []):
+        if edit.structure:
+            edit.attach(model)
+    return model
 
 
 def _method(entry: dict[str, Any], kind: type[Any]) -> Any:

@@ -30,7 +30,7 @@ from effllm.layers.placing import (
 )
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.report.remarks import remarks
 from effllm.site import find_sites, unchanged, untied
 from effllm.source import Batch, LiveModel, Source, arithmetic, in_dtype

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from effllm.allocation.budget import Budget
+from effllm.budget import Budget
 from effllm.errors import UsageError, nearest
 from effllm.method import Codec, Edit, Score
 from effllm.registry import CodecField, as_spec, from_spec, method_class, validated
@@ -137,7 +137,7 @@ class Plan(_Strict):
     name: str = "custom"
     description: str = ""
     budget: BudgetField | None = None
-    """`2GB`, `4.25bpw` or `0.25x`; see `effllm.allocation.budget`."""
+    """`2GB`, `4.25bpw` or `0.25x`; see `effllm.budget`."""
     ram: MemoryField | None = None
     """A budget for weights, KV cache and scratch together, at `context` tokens."""
     context: int = Field(default=4096, ge=1)

@@ -29,8 +29,8 @@ from effllm.method import Codec, Score
 from effllm.output import Output, largest_bytes
 from effllm.pipeline import refuse_misfit
 from effllm.plans import Plan, load_plan
+from effllm.progress import track
 from effllm.report.model_folder import model_card, other_files
-from effllm.report.progress import track
 from effllm.report.remarks import remarks
 from effllm.resume import RunJournal
 from effllm.shards import shard_units, unit_tensors, write_shard

@@ -40,7 +40,7 @@ from effllm.methods.quantize import Quantize
 from effllm.moments import Moments
 from effllm.plans import Plan
 from effllm.price.probe import probe
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.site import Site
 
 SINGLE = {3: Quantize(bits=3, group_size=64), 4: Quantize(bits=4, group_size=128)}

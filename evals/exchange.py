@@ -28,7 +28,7 @@ from effllm.checkpoint import resolve
 from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
 from effllm.method import Codec
 from effllm.plans import load_plan
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.site import Site
 
 MOST = 4.0  # times that a measurement may change a price, and one over it

@@ -40,7 +40,7 @@ from effllm.layers.placing import Members, Stored, by_parameter, decode_stored
 from effllm.loading import load
 from effllm.method import Codec
 from effllm.plans import Plan, load_plan
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.statistics.again import Seen
 from effllm.train import encode_unit
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import effllm
 from effllm.allocation import solve
-from effllm.allocation.budget import Budget, Footprint
+from effllm.allocation.footprint import Footprint
+from effllm.budget import Budget
 from effllm.errors import EffllmError, UsageError
 from effllm.measure.evaluate import compare
 from effllm.methods.quantize import Quantize

@@ -6,8 +6,9 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from effllm.allocation.budget import Budget, Footprint
+from effllm.allocation.footprint import Footprint
 from effllm.allocation.knapsack import Options, allocate
+from effllm.budget import Budget
 from effllm.errors import UsageError
 from effllm.method import Codec
 from effllm.site import Site

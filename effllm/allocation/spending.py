@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import effllm
 from effllm.allocation import Solution, solve
-from effllm.allocation.budget import Budget, Footprint, header_bytes, weights_within
+from effllm.allocation.footprint import Footprint, header_bytes, weights_within
+from effllm.budget import Budget
 from effllm.checkpoint import Checkpoint
 from effllm.data.caching import cache_folder
 from effllm.data.inputs import folder_batches
@@ -24,7 +25,7 @@ from effllm.method import Codec
 from effllm.plans import Plan, Step
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.resume import run_key
 from effllm.site import select, untied
 from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from effllm.checkpoint.folder import Checkpoint
 from effllm.errors import EffllmError
-from effllm.journal import edits
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -67,9 +66,6 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, device: str | torch.dev
         raise
     except Exception as error:  # transformers' checks and the class's own code raise whatever they like
         raise EffllmError(f"config.json describes no {cls.__name__}: {' '.join(str(error).split())}") from error
-    for edit in edits((config.get("quantization_config") or {}).get("edits") or []):
-        if edit.structure:
-            edit.attach(model)
     model.eval()
     initialisers = {"": model}
     for name, module in model.named_modules():

@@ -120,7 +120,7 @@ def dtype_of(name: str | None) -> Any:
 
 
 def bytes_of(size: str | None) -> int | None:
-    from effllm.allocation.budget import in_bytes
+    from effllm.budget import in_bytes
 
     if size is None:
         return None

@@ -25,7 +25,7 @@ from effllm.errors import EffllmError, UsageError
 from effllm.loading import load
 from effllm.measure.images import compare_images, held_out
 from effllm.measure.result import Result, describe_run, standard_error
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.source import arithmetic
 
 WINDOWS = 32  # of text, where the caller names no number

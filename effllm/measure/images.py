@@ -17,7 +17,7 @@ from effllm.checkpoint.skeleton import load_config
 from effllm.data.images import labelled_batches
 from effllm.errors import EffllmError
 from effllm.measure.result import standard_error
-from effllm.report.progress import track
+from effllm.progress import track
 
 BATCH = 32
 

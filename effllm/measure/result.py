@@ -19,7 +19,7 @@ from torch import Tensor
 from effllm.checkpoint import Checkpoint
 from effllm.checkpoint.skeleton import skeleton, stored_dtype
 from effllm.hf import EffllmConfig
-from effllm.journal import codecs
+from effllm.journal import codecs, restore_structure
 from effllm.site import find_sites, select
 
 
@@ -172,7 +172,7 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Stored bits per weight over all sites that the plan does not exclude, from the folder's config alone."""
     ours = _journal(checkpoint)
     dtype = stored_dtype(checkpoint)
-    sites = find_sites(skeleton(checkpoint.config, dtype))
+    sites = find_sites(restore_structure(skeleton(checkpoint.config, dtype), checkpoint.config))
     assigned = codecs(ours.sites) if ours else {}
     excluded = {site.name for site in select(ours.plan.get("exclude", []), sites)} if ours else set()
     counted = [site for site in sites if site.name not in excluded]

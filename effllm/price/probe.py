@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.source import Batch, Source
 from effllm.statistics.head import counted, head_logits, logits_at_once, logits_of, sites_behind
 

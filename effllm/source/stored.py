@@ -22,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from effllm.checkpoint import Checkpoint
 from effllm.checkpoint.skeleton import FLOATS, quiet, skeleton, stored_dtype
 from effllm.errors import EffllmError
+from effllm.journal import restore_structure
 from effllm.source.base import Source
 
 
@@ -45,7 +46,8 @@ class StoredModel(Source):
         self.checkpoint = checkpoint
         self.own_dtype = stored_dtype(checkpoint)
         self.dtype = dtype or self.own_dtype
-        super().__init__(skeleton(checkpoint.config, self.dtype, device), device)
+        model = skeleton(checkpoint.config, self.dtype, device)
+        super().__init__(restore_structure(model, checkpoint.config), device)
         self.targets = self._map_keys()
         """Key of the checkpoint -> name in the state dict, whether the class has it or not."""
         state = self.model.state_dict().keys()

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from effllm.checkpoint.tensors import read_tensors, write_tensors
 from effllm.errors import EffllmError
-from effllm.report.progress import track
+from effllm.progress import track
 from effllm.site import Site, is_experts
 from effllm.source import Batch, Source, evaluating
 from effllm.source.lockstep import Call

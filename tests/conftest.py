@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+pytest_plugins = ["damage", "media"]
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 

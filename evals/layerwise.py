@@ -31,11 +31,12 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from layerwise_rows import PAIRS, Variant, mixed, variants
+from layerwise_tables import markdown, orders, sweep_of, within
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -47,91 +48,12 @@ from effllm.layers.placing import codec_modules
 from effllm.measure.evaluate import Comparison, compare, standard_error
 from effllm.measure.result import Result, describe_run
 from effllm.method import Codec
-from effllm.plans import Calibration, Plan, load_plan
+from effllm.plans import Calibration
 from effllm.resume import RunJournal
 from effllm.source import LiveModel
 
-SEEDS = (0, 1, 2)
-PAIRS = ((8, 4), (4, 2))
 CHUNK = 8  # tokens whose distributions over the vocabulary are held in fp32 at once
-PERPLEXITY_LIMIT = 1.10  # of the high-width model
-KL_LIMIT = 0.1  # nats a token above the high-width model
 Values = tuple[float, float, float, float]  # means over one window, as in Comparison: nll, baseline nll, KL, agreement
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: what is done to the model, and in which tables it appears."""
-
-    name: str
-    plan: Plan | None = None
-    """None leaves the weights as they are."""
-    dropped: int = 0
-    """How many of the least important blocks by LIM are removed."""
-    order: str = ""
-    pair: tuple[int, int] | None = None
-    """High and low bits; equal in a uniform row."""
-    lowered: int = 0
-    tables: tuple[str, ...] = field(default=(), compare=False)
-
-
-def mixed(order: str, high: int, low: int, lowered: int, blocks: int, group: int) -> Plan:
-    """The plan that gives `lowered` of `blocks` blocks `low` bits, the others `high`; the blocks' Linears only."""
-    kept = {"exclude": ["embeddings", "head"]}
-    codecs = [f"quantize:bits={bits},group_size={group}" for bits in (high, low)]
-    if lowered in (0, blocks) or high == low:
-        return load_plan({**kept, "steps": [{"sites": ["blocks"], "use": codecs[lowered == blocks]}]})
-    average = high - (high - low) * lowered / blocks
-    ordered = {"order": order, "high": codecs[0], "low": codecs[1], "average_bits": average}
-    return load_plan({**kept, "steps": [{"sites": ["blocks"], **ordered}]})
-
-
-def variants(blocks: int, group: int, quick: bool) -> list[Variant]:
-    """Every row of the three tables; a row that several tables show is one variant."""
-    found: dict[tuple[Any, ...], Variant] = {}
-
-    def add(table: str, name: str, high: int, low: int, lowered: int, order: str = "", dropped: int = 0) -> None:
-        order = order if 0 < lowered < blocks else ""
-        high, low = (low, low) if lowered == blocks else (high, high) if lowered == 0 else (high, low)
-        key = (high, low, lowered if order else 0, order, dropped)
-        tables = (*found[key].tables, table) if key in found else (table,)
-        plan = mixed(order or "lim", high, low, lowered, blocks, group)
-        found[key] = Variant(
-            found[key].name if key in found else name, plan, dropped, order, (high, low), lowered, tables
-        )
-
-    for bits in (8, 4, 3):
-        add("main", f"uniform {bits}", bits, bits, 0)
-    randoms = {f"random:seed={seed}": f"random, seed {seed}" for seed in SEEDS}
-    orders = {"lim": "LIM", "lim:reduce=sequence": "LIM, a vector a text", "zd": "ZD", "reversed": "reversed LIM"}
-    for average in (3.5, 3.0):
-        lowered = blocks - load_plan(
-            {"steps": [{"sites": ["blocks"], "order": "lim", "high": "quantize:bits=4", "low": "quantize:bits=2",
-                        "average_bits": average}]}
-        ).steps[0].high_blocks(blocks)  # fmt: skip
-        for order, label in (orders | randoms).items():
-            add("main", f"4/2, {lowered} of {blocks} at 2: {label}", 4, 2, lowered, order)
-    grid = counts(blocks, quick)
-    for high, low in PAIRS:
-        for n in grid:
-            for order, label in {"lim": "LIM", **randoms}.items():
-                add("sweep", f"{high}/{low}, {n} of {blocks} at {low}: {label}", high, low, n, order)
-        for n in drops(grid, blocks):
-            add("drop", f"{high}/{low}, {n} of {blocks} at {low}: LIM", high, low, n, "lim")
-            add("drop", f"uniform {high}, {n} of {blocks} dropped: LIM", high, high, 0, dropped=n)
-    return [Variant("original", tables=("main",)), *found.values()]
-
-
-def counts(blocks: int, quick: bool) -> list[int]:
-    """How many blocks the sweep lowers: every count up to a third, then every second one, and all."""
-    dense = range(blocks // 3 + 1)
-    return sorted({*dense, *range(0, blocks, 2), blocks}) if not quick else sorted({0, 1, blocks // 2, blocks})
-
-
-def drops(grid: list[int], blocks: int) -> list[int]:
-    """The counts of table 2: about an eighteenth, a ninth, a quarter and a half of the blocks."""
-    inner = [n for n in grid if 0 < n < blocks]
-    return sorted({min(inner, key=lambda n: abs(n - blocks * share)) for share in (1 / 18, 1 / 9, 1 / 4, 1 / 2)})
 
 
 class Bench:
@@ -349,85 +271,6 @@ def describe(
     return extra | result
 
 
-def within(row: dict[str, Any], top: dict[str, Any]) -> bool:
-    """Whether a row of the sweep is still as good as the high-width model, by the limits above."""
-    return bool(row["perplexity"] <= PERPLEXITY_LIMIT * top["perplexity"] and row["kl"] <= top["kl"] + KL_LIMIT)
-
-
-def sweep_of(rows: list[dict[str, Any]], high: int, low: int, order: str) -> list[dict[str, Any]]:
-    """The rows of one sweep from no lowered block to all."""
-    ends = [next(r for r in rows if r["high_low_bits"] == [bits, bits] and not r["dropped"]) for bits in (high, low)]
-    inner = [r for r in rows if r["high_low_bits"] == [high, low] and r["order"] == order]
-    return [ends[0], *sorted(inner, key=lambda row: row["lowered"]), ends[1]]
-
-
-def breaking_point(sweep: list[dict[str, Any]], blocks: int) -> int:
-    """The largest measured count up to which every measured count is within the limits."""
-    largest = 0
-    for index, row in enumerate(sweep):
-        if not within(row, sweep[0]):
-            break
-        largest = blocks if index == len(sweep) - 1 else row["lowered"] if index else 0
-    return largest
-
-
-def markdown(rows: list[dict[str, Any]], blocks: int, note: str) -> str:
-    """The three tables."""
-    head = (
-        "| | bits a weight | MB of blocks | perplexity | KL, nats a token | top-1 | nll minus {} |\n" + "|---" * 7 + "|"
-    )
-
-    def line(row: dict[str, Any]) -> str:
-        key = next((key for key in ("nll_minus_lim", "nll_minus_lowered") if key in row), None)
-        against = "" if key is None else f"{row[key]:+.3f} ± {row[f'{key}_stderr']:.3f}"
-        return (
-            f"| {row['variant']} | {row['bits_per_weight']:.3f} | {row['block_bytes'] / 1e6:.1f} "
-            f"| {row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} "
-            f"| {row['top1_agreement']:.3f} | {against} |"
-        )
-
-    def part(table: str) -> list[dict[str, Any]]:
-        return [row for row in rows if row["table"] == table]
-
-    lines = [note, "", "**1. Widths and orders**", "", head.format("LIM"), *map(line, part("main"))]
-    lines += [
-        "",
-        "**2. Lowering bits against dropping blocks**, least important by LIM first",
-        "",
-        head.format("lowering"),
-    ]
-    lines += [*map(line, part("drop"))]
-    lines += [
-        "",
-        "**3. Blocks lowered before quality breaks**: perplexity within 10 % of the high-width model, and KL at most "
-        f"{KL_LIMIT} nats a token above its KL; the largest n up to which all measured n hold",
-        "",
-    ]
-    lines += [f"| pair | LIM | random, seeds {', '.join(map(str, SEEDS))} |", "|---|---|---|"]
-    swept = part("sweep")
-    for high, low in PAIRS:
-        found = [breaking_point(sweep_of(swept, high, low, order), blocks) for order in _orders()]
-        lines.append(f"| {high}/{low} | {found[0]} of {blocks} | {', '.join(map(str, found[1:]))} |")
-    for high, low in PAIRS:
-        lim, mean = sweep_of(swept, high, low, "lim"), sweep_of(swept, high, low, "random")
-        lines += ["", f"{high}/{low}, perplexity (KL); random is the mean of {len(SEEDS)} orders, in nats:", ""]
-        lines += ["| n lowered | bits a weight | LIM | random | nll of random minus LIM |", "|---|---|---|---|---|"]
-        for index, (one, other) in enumerate(zip(lim, mean, strict=True)):
-            n = 0 if index == 0 else blocks if index == len(lim) - 1 else one["lowered"]
-            gap = (
-                f"{other['nll_minus_lim']:+.3f} ± {other['nll_minus_lim_stderr']:.3f}"
-                if "nll_minus_lim" in other
-                else ""
-            )
-            lines.append(f"| {n} | {one['bits_per_weight']:.3f} | {one['perplexity']:.2f} ({one['kl']:.3f}) | "
-                         f"{other['perplexity']:.2f} ({other['kl']:.3f}) | {gap} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _orders() -> list[str]:
-    return ["lim", *(f"random:seed={seed}" for seed in SEEDS)]
-
-
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Measures, or goes on measuring, and returns rows and Markdown."""
     began = time.monotonic()
@@ -480,7 +323,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         found += [{"table": table, **json.loads(json.dumps(row))} for row in described]
     swept = [row for row in found if row["table"] == "sweep"]
     for high, low in PAIRS:
-        for order in [*_orders(), "random"]:
+        for order in [*orders(), "random"]:
             top, *inner, _ = sweep_of(swept, high, low, order)
             for measured_row in inner:
                 measured_row["within_limits"] = within(measured_row, top)

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,13 +24,15 @@ from effllm.resume import RunJournal
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     path = Path(__file__).parent.parent / "evals" / "layerwise.py"
+    sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("layerwise_eval", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(path.parent))
 
 
 @pytest.fixture(scope="module")

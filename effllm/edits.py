@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from effllm.hf import EffllmConfig
 from effllm.journal import edit_entries
 from effllm.method import Edit
 from effllm.plans import Calibration
+from effllm.registry import from_spec
 from effllm.resume import RunJournal, run_key
 from effllm.source import Batch, Source, StoredModel
 
@@ -49,13 +51,14 @@ class Handle:
         self.remove()
 
 
-def apply(model: nn.Module, edit: Edit) -> Handle:
-    """Puts `edit` on a live model.
+def apply(model: nn.Module, edit: str | dict[str, Any] | Edit) -> Handle:
+    """Puts an edit on a live model: `"pyramiddrop:budget=0.5"`, `{"pyramiddrop": {"budget": 0.5}}` or the edit itself.
 
     Raises:
-        EffllmError: the edit cannot act on this model; the message says why.
+        UsageError: it is no edit, or has no such setting.
+        EffllmError: it cannot act on this model; the message says why.
     """
-    return Handle(model, edit)
+    return Handle(model, from_spec(edit, Edit))
 
 
 @contextlib.contextmanager

@@ -153,14 +153,9 @@ class EffllmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model._weight_conversions = []  # type: ignore[assignment]  # names in a packed folder are module paths
         layers = codec_modules(model)
-        tied = {}
-        for target, source in model.all_tied_weights_keys.items():
-            pair = target.rpartition(".")[0], source.rpartition(".")[0]
-            if pair[0] in layers and pair[1] in layers:
-                tied[pair[0]] = pair[1]
         for name, layer in layers.items():
-            if name in tied:
-                tie(layer, layers[tied[name]])
+            if layer.owner is not None:
+                tie(layer, layers[layer.owner])
                 continue
             for key, tensor in layer.stored().items() if self.pre_quantized else ():
                 if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from effllm.errors import EffllmError, UsageError
+
 if TYPE_CHECKING:
     from effllm.moments import Moments
     from effllm.site import Site
@@ -73,7 +75,7 @@ class Codec(Method):
     @classmethod
     def grid(cls, site: Site) -> list[Codec]:
         """The options that make sense at `site`, in no order; empty where the codec does not apply."""
-        raise NotImplementedError
+        raise UsageError(f"{cls.name()} lists no options (it has no grid), so a budget cannot choose it: name one")
 
     @abstractmethod
     def encode(self, weight: Tensor, moments: Moments | None = None) -> dict[str, Tensor]:
@@ -118,8 +120,14 @@ class Codec(Method):
 
 @cache
 def _layout(codec: Codec, shape: tuple[int, int]) -> Layout:
-    stored = codec.encode(torch.empty(shape, device="meta"))
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+    try:
+        stored = codec.encode(torch.empty(shape, device="meta"))
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()}
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        raise EffllmError(
+            f"{codec.label()} does not tell what it stores of a weight {list(shape)}: encode must return a dictionary of "
+            f"tensors for a weight on the meta device too, so no shape may depend on values ({error})"
+        ) from error
 
 
 class Edit(Method):

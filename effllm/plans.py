@@ -218,6 +218,9 @@ class Plan(_Strict):
                 continue
             assert step.order is not None and step.high is not None and step.low is not None
             rank = ranks[step.order]
+            undecided = next((block for block, importance in rank.items() if math.isnan(importance)), None)
+            if undecided is not None:
+                raise UsageError(f"{step.order.label()} gives NaN as the importance of {undecided}; use another score")
             found = {site.block for site in members if site.block}
             unseen = sorted(found - rank.keys())
             if unseen:

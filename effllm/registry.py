@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,7 +13,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError
 
 from effllm.errors import UsageError, nearest
-from effllm.method import Codec, Method
+from effllm.method import Codec, Edit, Method, Score
+
+logger = logging.getLogger(__name__)
+USES = {
+    "codec": "a codec, for a step's 'use' or 'choose', or --set 'GLOB=METHOD'",
+    "edit": "an edit, for a step of its own with 'apply', or effllm.apply(model, METHOD)",
+    "score": "a score, for a step's 'order', or --score METHOD",
+}
+"""Kind -> where a plan or the command line takes a method of it."""
 
 
 @cache
@@ -33,10 +42,17 @@ def methods() -> dict[str, type[Method]]:
                 if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
             )
     for point in entry_points(group="effllm.methods"):
-        cls = point.load()
+        try:
+            cls = point.load()
+        except Exception as error:  # another package's code raises whatever it likes, and must not end every command
+            where = getattr(point.dist, "name", point.value)
+            logger.warning(
+                "method %s of the package %s cannot be imported, and is left out: %r", point.name, where, error
+            )
+            continue
         if not (inspect.isclass(cls) and issubclass(cls, Method)):
             raise UsageError(
-                f"entry point {point.name} = {point.value} is no effllm Method; name a Codec or Score class"
+                f"entry point {point.name} = {point.value} is no effllm Method; name a Codec, Edit or Score class"
             )
         if point.name in found or cls.name() != point.name:
             raise UsageError(
@@ -49,9 +65,16 @@ def methods() -> dict[str, type[Method]]:
 def method_class(name: str, kind: type[Method] = Method) -> type[Any]:
     """The class registered as `name`, checked to be of `kind`."""
     known = {key: cls for key, cls in methods().items() if issubclass(cls, kind)}
-    if name not in known:
-        raise UsageError(f"unknown {kind.__name__.lower()} {name!r}: {nearest(name, known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    if name in methods():
+        raise UsageError(f"{name} is no {kind.__name__.lower()}: it is {USES[kind_of(methods()[name])]}")
+    raise UsageError(f"unknown {kind.__name__.lower()} {name!r}: {nearest(name, known)}")
+
+
+def kind_of(cls: type[Method]) -> str:
+    """`codec`, `edit` or `score`."""
+    return next(kind.__name__.lower() for kind in (Codec, Edit, Score) if issubclass(cls, kind))
 
 
 def from_spec(spec: str | dict[str, Any] | Method, kind: type[Method] = Method) -> Any:
@@ -62,8 +85,10 @@ def from_spec(spec: str | dict[str, Any] | Method, kind: type[Method] = Method) 
     Raises:
         UsageError: an unknown method or setting (the message names the nearest), or a value that it does not take.
     """
-    if isinstance(spec, Method):
+    if isinstance(spec, kind):
         return spec
+    if isinstance(spec, Method):
+        return method_class(spec.name(), kind)  # which says what it is instead
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
         rest, found, inner = rest.partition("codec=")

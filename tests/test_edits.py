@@ -103,7 +103,7 @@ def test_plans_with_edits_survive_yaml():
     [
         ({"apply": "pyramiddrop", "sites": ["*"]}, "such a step has no other key"),
         ({"apply": "pyramiddrop", "use": "quantize"}, "such a step has no other key"),
-        ({"apply": "quantize"}, "unknown edit 'quantize'"),
+        ({"apply": "quantize"}, "quantize is no edit: it is a codec"),
         ({"apply": "pyramiddrop:ratio=2"}, "ratio = '2'"),
         ({"use": "quantize"}, "a step needs 'sites'"),
     ],
@@ -130,7 +130,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_any_work(tmp_path):
     [
         ([{"method": "nothing", "settings": {}}], "unknown edit 'nothing'"),
         ([{"method": "pyramiddrop", "settings": {"ratio": 7}}], "ratio"),
-        ([{"method": "quantize", "settings": {}}], "unknown edit 'quantize'"),
+        ([{"method": "quantize", "settings": {}}], "quantize is no edit: it is a codec"),
         (["pyramiddrop"], "an edit needs method and settings"),
         ("pyramiddrop", "is no list"),
     ],

@@ -232,8 +232,8 @@ def test_a_wide_input_has_a_metric_of_blocks(monkeypatch):
     x, grads = torch.randn(50, 1, 40), [torch.randn(50, 6)]
     full = Sums(site.shape, 1, False)
     full.add_product(x, grads)
-    monkeypatch.setattr(tap, "WIDEST", 32)
-    monkeypatch.setattr(tap, "WIDTH", 16)
+    monkeypatch.setattr("effllm.statistics.sums.WIDEST", 32)
+    monkeypatch.setattr("effllm.statistics.sums.WIDTH", 16)
     blocks = Sums(site.shape, 1, False)
     blocks.add_product(x, grads)
     dense = Metric(blocks.A, 40).dense

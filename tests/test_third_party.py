@@ -16,12 +16,14 @@ from families import FAMILIES, inputs_of, outputs_of
 import effllm
 from effllm.checkpoint import Checkpoint
 from effllm.data.text import load_tokenizer, token_windows
-from effllm.errors import UsageError
+from effllm.errors import EffllmError, UsageError
 from effllm.layers.placing import codec_modules
+from effllm.method import Codec
+from effllm.plans import load_plan
 from effllm.registry import from_spec, methods
 from effllm.site import find_sites
 
-NAMES = ["linear_mlp", "low_rank", "output_norm", "residual", "separable", "skip_block", "ternary"]
+NAMES = ["float16", "linear_mlp", "low_rank", "output_norm", "residual", "separable", "skip_block", "ternary"]
 CODECS = ["low_rank", "residual", "ternary"]
 DATA = {"samples": 4, "sequence_length": 32}
 
@@ -51,7 +53,7 @@ def installed(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "names"),
     [
-        ("test_methods.py", "low_rank or residual or separable or ternary or output_norm"),
+        ("test_methods.py", "float16 or low_rank or residual or separable or ternary or output_norm"),
         ("test_edits.py", "skip_block"),
     ],
 )
@@ -155,6 +157,70 @@ def test_a_budget_is_spent_on_the_edited_model(tmp_path):
     assert planned.predicted_kl and any(row.name == "model.layers.0" for row in planned.rows)
     result = effllm.compress_folder(folder, tmp_path / "out", plan, check=False)
     assert result.bits_per_weight <= 4 and "model.layers.0.mlp" in codec_modules(effllm.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["float16", "ternary"])
+def test_a_tied_embedding_comes_back_whatever_is_stored_of_it(tmp_path, name):
+    folder = save(tiny_llama(layers=1), tmp_path / "model")
+    plan = {"steps": [{"sites": ["*"], "use": name}]}
+    live = effllm.compress(effllm.load(folder), plan)
+    tokens = torch.tensor([[1, 2, 3]])
+    live.save_pretrained(tmp_path / "live")
+    effllm.compress_folder(folder, tmp_path / "out", plan)
+    for out in ("live", "out"):
+        loaded = effllm.load(tmp_path / out)
+        assert torch.equal(loaded(input_ids=tokens).logits, live(input_ids=tokens).logits)
+        head, table = loaded.lm_head.stored(), loaded.model.embed_tokens.stored()
+        assert all(head[key].data_ptr() == table[key].data_ptr() for key in table), "one tensor for both"
+
+
+def test_an_edit_goes_on_by_its_name():
+    model = tiny_llama(layers=2)
+    tokens = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=tokens).logits
+    with effllm.apply(model, "skip_block:block=1"):
+        assert not torch.equal(model(input_ids=tokens).logits, before)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+    with pytest.raises(UsageError, match="lim is no edit: it is a score, for a step's 'order', or --score METHOD"):
+        effllm.apply(model, "lim")
+    with pytest.raises(UsageError, match="skip_block is no codec: it is an edit, for a step of its own"):
+        load_plan("uniform-8bit").override(["*.up_proj=skip_block"])
+
+
+def test_a_plan_is_refused_before_the_work_where_its_edits_cannot_act(tmp_path):
+    folder = save(tiny_llama(layers=2), tmp_path / "model")
+    for edits in ([{"apply": "skip_block:block=9"}], [{"apply": "skip_block:block=9"}, PLAN["steps"][0]]):
+        with pytest.raises(UsageError, match="the model has 2 blocks; give a smaller number"):
+            effllm.plan(folder, {"steps": [*edits, PLAN["steps"][1]]})
+
+
+def test_a_score_that_cannot_tell_is_refused(tmp_path):
+    folder = save(tiny_llama(layers=4), tmp_path / "model")
+    plan = load_plan("layerwise-4bit").override(score="output_norm:power=nan", **DATA)
+    with pytest.raises(UsageError, match=r"output_norm:power=nan gives NaN as the importance of model\.layers\.0"):
+        effllm.compress_folder(folder, tmp_path / "out", plan)
+
+
+def test_a_package_that_cannot_be_imported_is_left_out(package, tmp_path, monkeypatch, caplog):
+    metadata = tmp_path / "broken-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[effllm.methods]\ngone = broken.gone:Gone\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "gone" not in methods() and "ternary" in methods()
+    assert "method gone of the package broken cannot be imported" in caplog.text
+
+
+def test_a_codec_whose_shapes_depend_on_values_is_named():
+    class Depends(Codec):
+        def encode(self, weight, moments=None):
+            return {"values": weight[: int(weight.abs().max())]}
+
+        def decode(self, data, shape):
+            return data["values"]
+
+    with pytest.raises(EffllmError, match=r"does not tell what it stores of a weight \[4, 8\]: encode must return"):
+        Depends().layout((4, 8))
 
 
 def test_an_edit_of_the_structure_that_cannot_be_kept_is_refused(tmp_path):

@@ -64,7 +64,11 @@ CalibrationOption = Annotated[
 SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows (64).")]
 LengthOption = Annotated[int | None, typer.Option("--sequence-length", min=8, help="Tokens a window (512).")]
 ScoreOption = Annotated[
-    str | None, typer.Option("--score", help="What orders the blocks: lim, zd, random, reversed (as the plan says).")
+    str | None,
+    typer.Option(
+        "--score",
+        help="A score of 'effllm methods' to order the blocks by, such as lim (default: what the plan says).",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, mps.")]
 DtypeOption = Annotated[

@@ -56,10 +56,10 @@ def rebuild(base: type[nn.Module], state: dict[str, Any]) -> CodecModule:
     return module
 
 
-def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owner: bool = True) -> CodecModule:
+def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owner: str | None = None) -> CodecModule:
     """`module` with its weight held as `stored`; biases, buffers and other attributes are shared with `module`.
 
-    Where another layer is the `owner` of the stored tensors, this one uses the very same, and saves none of its own.
+    Where they are the stored tensors of another layer, `owner` is its module path.
 
     Raises:
         EffllmError: the module has an attribute with the name of a stored tensor.
@@ -68,7 +68,7 @@ def codec_layer(module: nn.Module, codec: Codec, stored: dict[str, Tensor], owne
     if taken:
         raise EffllmError(
             f"{type(module).__name__} has an attribute {taken[0]!r} of its own, which {codec.name()} stores a tensor as; "
-            "--exclude the layer, or choose another method for it"
+            "--exclude the layer, choose another method for it, or (who wrote the method) give the tensor another name"
         )
     state = {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
     state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)

@@ -22,23 +22,25 @@ class CodecModule(nn.Module):
     compute_dtype: torch.dtype
     stored_names: tuple[str, ...]
     replaced_class: type[nn.Module]
+    owner: str | None
+    """Module path of the layer whose stored tensors this one uses; None where it has its own."""
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name, as `Codec.encode` returned them."""
         return {name: getattr(self, name) for name in self.stored_names}
 
-    def store(self, stored: dict[str, Tensor], owner: bool = True) -> None:
-        """Holds `stored`; a layer that is no `owner` uses another layer's very tensors, and saves none of its own.
+    def store(self, stored: dict[str, Tensor], owner: str | None = None) -> None:
+        """Holds `stored`; where they are those of another layer, the `owner`, this one saves none of its own.
 
         Integers are frozen parameters, which loaders and offloading treat as they treat any weight. Floats are buffers:
         `model.dtype` is the dtype of the first float parameter, and a scale must not decide it.
         """
-        self.stored_names = tuple(stored)
+        self.stored_names, self.owner = tuple(stored), owner
         for name, tensor in stored.items():
             if tensor.is_floating_point():
-                self.register_buffer(name, tensor, persistent=owner)
+                self.register_buffer(name, tensor, persistent=owner is None)
             else:
-                parameter = nn.Parameter(tensor, requires_grad=False) if owner else cast(nn.Parameter, tensor)
+                parameter = nn.Parameter(tensor, requires_grad=False) if owner is None else cast(nn.Parameter, tensor)
                 self.register_parameter(name, parameter)
 
     def arrange(self, matrix: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class CodecModule(nn.Module):
     def dense(self, weight: nn.Parameter) -> nn.Module:
         """The layer of the class that this one replaces, with `weight` (see `decoded`) in place of the stored tensors."""
         module = self.replaced_class.__new__(self.replaced_class)
-        dropped = {"codec", "matrix_shape", "compute_dtype", "stored_names"}
+        dropped = {"codec", "matrix_shape", "compute_dtype", "stored_names", "owner"}
         module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in dropped})
         for kind in ("_parameters", "_buffers"):
             module.__dict__[kind] = {n: t for n, t in self.__dict__[kind].items() if n not in self.stored_names}

@@ -118,7 +118,7 @@ def replace(model: nn.Module, site: Site, layer: CodecModule) -> None:
     """Puts `layer` at `site`, and layers that share its tensors at the places tied to it."""
     model.set_submodule(site.name, layer)
     for name in site.tied:
-        model.set_submodule(name, codec_layer(model.get_submodule(name), layer.codec, layer.stored(), owner=False))
+        model.set_submodule(name, codec_layer(model.get_submodule(name), layer.codec, layer.stored(), site.name))
         if hasattr(model, "all_tied_weights_keys"):
             parameters = [key for key, tensor in layer.stored().items() if isinstance(tensor, nn.Parameter)]
             stored = {f"{name}.{key}": f"{site.name}.{key}" for key in parameters}

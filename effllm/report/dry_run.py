@@ -113,7 +113,7 @@ def plan(
         name = str(model)
         stored = StoredModel(Checkpoint.open(resolve(model, revision)))
         shape, unloaded = stored.model, stored.unloaded
-    with applied(shape, wanted.structure()):
+    with applied(shape, wanted.edits()):
         return _describe(name, shape, wanted, context, unloaded)
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from effllm.errors import UsageError, nearest
 from effllm.measure.result import Result
-from effllm.method import Codec, Edit, Method, Score
+from effllm.method import Method
 from effllm.plans import load_plan, presets
-from effllm.registry import methods
+from effllm.registry import USES, kind_of, methods
 from effllm.report.dry_run import DryRun
 
 SHOWN = 2  # options of a block that the table of a plan spells out
@@ -120,15 +120,11 @@ def methods_json() -> dict[str, Any]:
     """Methods and presets as plain JSON values."""
     return {
         "methods": {
-            name: {"kind": _kind(cls), "paper": cls.paper, "doc": inspect.getdoc(cls)}
+            name: {"kind": kind_of(cls), "paper": cls.paper, "doc": inspect.getdoc(cls)}
             for name, cls in methods().items()
         },
         "presets": {name: load_plan(name).description for name in presets()},
     }
-
-
-def _kind(cls: type[Method]) -> str:
-    return next(kind.__name__.lower() for kind in (Codec, Edit, Score) if issubclass(cls, kind))
 
 
 def _show_method(name: str, cls: type[Method], console: Console) -> None:
@@ -143,7 +139,8 @@ def _show_method(name: str, cls: type[Method], console: Console) -> None:
             shown = default.label() if isinstance(default, Method) else json.dumps(default).strip('"')
             table.add_row(key, shown, _values(field), field.get("description", ""))
         console.print(table)
-        console.print(f"{name}:SETTING=VALUE,...", markup=False, highlight=False)
+    spec = f"{name}:SETTING=VALUE,..." if schema else name
+    console.print(f"{spec}: {USES[kind_of(cls)]}", markup=False, highlight=False)
 
 
 def _values(schema: dict[str, Any]) -> str:
@@ -171,10 +168,10 @@ def show_methods(name: str | None) -> None:
         else:
             raise UsageError(f"no method or preset {name!r}: {nearest(name, [*known, *presets()])}")
         return
-    table = Table("method", "what it is", "paper", "data", title="methods", title_justify="left")
+    table = Table("method", "kind", "what it is", "paper", "data", title="methods", title_justify="left")
     for key, cls in known.items():
         doc = (inspect.getdoc(cls) or "").split("\n", 1)[0]
-        table.add_row(key, doc, cls.paper, "needs data" if cls.needs_data else "none")
+        table.add_row(key, kind_of(cls), doc, cls.paper, "needs data" if cls.needs_data else "none")
     console.print(table)
     plans = Table("preset", "what it does", title="presets (--plan NAME)", title_justify="left")
     for key in presets():

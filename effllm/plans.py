@@ -62,8 +62,8 @@ class Calibration(_Strict):
     """The data that methods learn from."""
 
     sources: list[str] = Field(default=["default"], min_length=1)
-    """`default` (the slice in the package), `self` (what the model writes), files, folders, or `datasets` ids; each may end
-    in `@weight`."""
+    """Texts in the package (`books`, `code`, or `default`: both), `self` (what the model writes), files, folders, or
+    `datasets` ids; each may end in `@weight`."""
     samples: int = Field(default=64, ge=1)
     sequence_length: int = Field(default=512, ge=8)
 

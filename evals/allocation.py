@@ -32,7 +32,7 @@ from torch import Tensor
 
 from effllm.allocation.spending import Priced, price_folder
 from effllm.checkpoint import Checkpoint, resolve
-from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXTS, load_tokenizer, token_windows
 from effllm.loading import load
 from effllm.method import Codec
 from effllm.methods.lim import Lim
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="held-out tokens of the single changes")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
-    windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, default=EVALUATION_TEXT)
+    windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, packaged=EVALUATION_TEXTS)
     study = Study(folder, planned(["quantize"], arguments.samples), windows)
     singles = study.single_changes(arguments.matrices, arguments.tokens)
     plans = rows_of_plans(study)

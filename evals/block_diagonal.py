@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     step = {"sites": ["blocks"], "choose": ["quantize"]}
     plan = load_plan({"budget": arguments.budget, "steps": [step]})
-    plan = plan.override(excludes=["embeddings", "head"], samples=arguments.samples)
+    plan = plan.override(excludes=["embeddings", "head"], samples=arguments.samples, sources=["books"])
     checkpoint = Checkpoint.open(resolve(arguments.model))
     whole, runs = price_folder(plan, checkpoint), priced_by_runs(plan, checkpoint, arguments.width)
     assert whole.prices is not None and runs.prices is not None

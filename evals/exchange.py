@@ -25,7 +25,7 @@ from torch import Tensor
 
 from effllm.allocation.spending import Priced
 from effllm.checkpoint import resolve
-from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXTS, load_tokenizer, token_windows
 from effllm.method import Codec
 from effllm.plans import load_plan
 from effllm.progress import track
@@ -85,8 +85,8 @@ def main() -> None:
     parser.add_argument("--budget", default="3.25bpw")
     arguments = parser.parse_args()
     folder, (few, more) = resolve(arguments.model), arguments.windows
-    plan = load_plan("budget").override(excludes=["embeddings", "head"], samples=arguments.samples)
-    windows = token_windows(load_tokenizer(folder), ["default"], few + more, 512, default=EVALUATION_TEXT)
+    plan = load_plan("budget").override(excludes=["embeddings", "head"], samples=arguments.samples, sources=["books"])
+    windows = token_windows(load_tokenizer(folder), ["default"], few + more, 512, packaged=EVALUATION_TEXTS)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     study = Study(folder, plan, windows[order[:few]])
     first = study.at(float(arguments.budget.removesuffix("bpw")))

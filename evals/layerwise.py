@@ -43,7 +43,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import effllm
 from effllm.checkpoint import Checkpoint, resolve
 from effllm.data.inputs import BATCH
-from effllm.data.text import EVALUATION_TEXT, token_windows
+from effllm.data.text import EVALUATION_TEXTS, token_windows
 from effllm.layers.placing import codec_modules
 from effllm.measure.evaluate import Comparison, compare, standard_error
 from effllm.measure.result import Result, describe_run
@@ -279,8 +279,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     model = effllm.load(folder, **settings).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = arguments.text or ["default"]
-    windows = token_windows(tokenizer, text, arguments.samples, arguments.sequence_length, default=EVALUATION_TEXT)
-    learn = Calibration()
+    windows = token_windows(tokenizer, text, arguments.samples, arguments.sequence_length, packaged=EVALUATION_TEXTS)
+    learn = Calibration(sources=["books"])
     size = (2, arguments.sequence_length) if arguments.quick else (learn.samples, learn.sequence_length)
     calibration = token_windows(tokenizer, learn.sources, *size)
     blocks = len(LiveModel(model).blocks)

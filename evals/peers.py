@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import effllm
 from effllm.checkpoint import Checkpoint
-from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXTS, load_tokenizer, token_windows
 from effllm.layers.placing import decode_all
 from effllm.measure.evaluate import Comparison
 from effllm.measure.result import machine, versions
@@ -163,8 +163,8 @@ class Bench:
         self.model, self.out, self.work = args.model.resolve(), args.out, args.work.resolve()
         self.only, self.timeout = args.only, args.timeout
         tokenizer, length = load_tokenizer(self.model), args.sequence_length
-        self.calibration = token_windows(tokenizer, ["default"], args.samples, length)
-        self.windows = token_windows(tokenizer, ["default"], args.windows, length, EVALUATION_TEXT)
+        self.calibration = token_windows(tokenizer, ["books"], args.samples, length)
+        self.windows = token_windows(tokenizer, ["default"], args.windows, length, EVALUATION_TEXTS)
         self.setting = {
             "model_digest": Checkpoint.open(self.model).digest(),
             "samples": len(self.calibration),
@@ -283,7 +283,7 @@ def run_effllm(budget: float, bench: Bench) -> Row:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         command = [sys.executable, "-m", "effllm.cli", "compress", str(bench.model), "--budget", f"{budget}bpw"]
-        command += ["--exclude", "model.embed_tokens", "--calibration", "default", "--out", str(out), "--json"]
+        command += ["--exclude", "model.embed_tokens", "--calibration", "books", "--out", str(out), "--json"]
         samples, length = bench.calibration.shape
         command += ["--samples", str(samples), "--sequence-length", str(length), "--no-check"]
         printed = json.loads(call(command, bench.timeout))

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from effllm.allocation.spending import Priced, price_folder
 from effllm.checkpoint import Checkpoint, resolve
-from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXTS, load_tokenizer, token_windows
 from effllm.layers.placing import Members, Stored, by_parameter, decode_stored
 from effllm.loading import load
 from effllm.method import Codec
@@ -56,7 +56,9 @@ ROWS: list[tuple[tuple[str, ...], Stage, str]] = [
 def planned(choose: Sequence[str], samples: int, **spending: str) -> Plan:
     """A budget spent on the blocks among the options of some codecs."""
     values = {"budget": "4.25bpw", "steps": [{"sites": ["blocks"], "choose": list(choose)}]}
-    return load_plan(values).override(excludes=["embeddings", "head"], spending=spending, samples=samples)
+    return load_plan(values).override(
+        excludes=["embeddings", "head"], spending=spending, samples=samples, sources=["books"]
+    )
 
 
 def rewrite(priced: Priced, assigned: dict[str, Codec], stage: Stage) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     folder = resolve(arguments.model)
-    windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, default=EVALUATION_TEXT)
+    windows = token_windows(load_tokenizer(folder), ["default"], arguments.windows, 512, packaged=EVALUATION_TEXTS)
     rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     with tempfile.TemporaryDirectory(prefix="effllm-stages-") as scratch:
         reference = Reference(

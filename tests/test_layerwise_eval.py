@@ -89,7 +89,7 @@ def test_a_row_equals_what_effllm_says_of_the_same_plan(results, script, folder,
     model = effllm.load(folder)
     packed = effllm.compress(copy.deepcopy(model), load_plan(row["plan"]), calibration=tokens)
     windows = effllm.data.text.token_windows(
-        effllm.data.text.load_tokenizer(folder), ["default"], 2, 64, default=effllm.data.text.EVALUATION_TEXT
+        effllm.data.text.load_tokenizer(folder), ["default"], 2, 64, packaged=effllm.data.text.EVALUATION_TEXTS
     )
     figures = compare(packed, windows, baseline=model).figures()
     for key in ("perplexity", "kl", "kl_stderr", "top1_agreement"):

@@ -57,7 +57,7 @@ CalibrationOption = Annotated[
     typer.Option(
         "--calibration",
         help="Data to learn from. Text: a file, a folder, or a datasets id as id:config:split:column; @weight sets its "
-        "share (default: the slice of public-domain books in the package; self: what the model itself writes). Vision "
+        "share (default: books and code in the package, half and half; self: what the model itself writes). Vision "
         "models: a folder of images, or .npz. Speech models: a folder of .wav files. Repeatable.",
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from effllm.data import spread
 from effllm.errors import EffllmError, UsageError
 
-CALIBRATION_TEXT = "calibration.txt"
-EVALUATION_TEXT = "evaluation.txt"
-SELF = "self"
+DEFAULT, SELF = "default", "self"
+CALIBRATION_TEXTS = {"books": "calibration.txt", "code": "code.txt"}
+"""What the package ships to calibrate on, by the names of sources; `default` is both."""
+EVALUATION_TEXTS = {"default": "evaluation.txt"}
+"""And to measure on: a held-out book."""
 Document = str | list[dict[str, Any]]
 
 
@@ -32,7 +34,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def packaged_text(name: str) -> Path:
-    """The slice of public-domain books that the package ships: `calibration.txt` or `evaluation.txt`."""
+    """A text that the package ships."""
     return Path(str(files("effllm").joinpath("demo", name)))
 
 
@@ -41,16 +43,17 @@ def token_windows(
     sources: list[str],
     samples: int | None,
     length: int,
-    default: str = CALIBRATION_TEXT,
+    packaged: Mapping[str, str] = CALIBRATION_TEXTS,
     own: Callable[[int, int], Tensor] | None = None,
 ) -> Tensor:
     """Windows of text as token ids `[samples, length]` (int64), spread evenly over the text of each source.
 
-    A source is `default` (the slice in the package), `self` (what the model writes: `own(samples, length)`), a .txt, .json
-    or .jsonl file, a folder of them, or a `datasets` id as `id:config:split:column`; `@weight` at its end sets its share of
-    the samples. Each window begins with the tokenizer's begin-of-text token, if it has one. Messages go through the
-    tokenizer's chat template. Windows never overlap: where the text is short, fewer come back. `samples` None takes the
-    whole text.
+    A source is a text in the package (one of `packaged`: `books`, `code`, and `default` for both in turns), `self` (what the
+    model writes: `own(samples, length)`), a .txt, .json or .jsonl file, a folder of them, or a `datasets` id as
+    `id:config:split:column`; `@weight` at its end sets its share of the samples.
+
+    Each window begins with the tokenizer's begin-of-text token, if it has one. Messages go through the tokenizer's chat
+    template. Windows never overlap: where the text is short, fewer come back. `samples` None takes the whole text.
 
     Raises:
         UsageError: a source that is no file, folder or dataset id, or a bad weight.
@@ -65,10 +68,29 @@ def token_windows(
             if own is None or count is None:
                 raise UsageError("text of the model's own ('self') is for calibration of a model folder")
             windows.append(own(count, length))
-            continue
-        path = packaged_text(default) if source == "default" else source
-        windows.append(windows_of(tokenizer, documents(path), count, length, str(path)))
+        elif source == DEFAULT and DEFAULT not in packaged:
+            windows.append(_in_turns(tokenizer, [packaged_text(name) for name in packaged.values()], count, length))
+        else:
+            path = packaged_text(packaged[source]) if _is_packaged(source, packaged) else source
+            windows.append(windows_of(tokenizer, documents(path), count, length, str(path)))
     return torch.cat(windows)
+
+
+def _is_packaged(source: str, packaged: Mapping[str, str]) -> bool:
+    """A file or folder of the same name is what is meant."""
+    return source in packaged and (source == DEFAULT or not Path(source).exists())
+
+
+def _in_turns(tokenizer: PreTrainedTokenizerBase, texts: list[Path], count: int | None, length: int) -> Tensor:
+    """Windows of several texts, one of each after the other."""
+    shares = [None if count is None else -(-(count - place) // len(texts)) for place in range(len(texts))]
+    found = [
+        windows_of(tokenizer, documents(text), share, length, str(text))
+        for text, share in zip(texts, shares, strict=True)
+        if share != 0
+    ]
+    most = max(len(windows) for windows in found)
+    return torch.stack([windows[turn] for turn in range(most) for windows in found if turn < len(windows)])
 
 
 def split_weight(source: str) -> tuple[str, float]:
@@ -87,13 +109,16 @@ def split_weight(source: str) -> tuple[str, float]:
 
 def text_identity(source: str) -> list[Any]:
     """What tells a changed text from an unchanged one: name, size and modification time of every file of `source`."""
-    if split_weight(source)[0] == SELF:
+    name = split_weight(source)[0]
+    if name == SELF:
         return [source]
-    path = packaged_text(CALIBRATION_TEXT) if source == "default" else Path(split_weight(source)[0])
+    if name == DEFAULT or _is_packaged(name, CALIBRATION_TEXTS):
+        files = [packaged_text(CALIBRATION_TEXTS[key]) for key in CALIBRATION_TEXTS if name in (key, DEFAULT)]
+        return [source, *((file.name, file.stat().st_size) for file in files)]
+    path = Path(name)
     members = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in members]
-    facts = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in zip(names, members, strict=True)]
-    return [source, *(facts if source != "default" else facts[0][:2])]
+    return [source, *((n, f.stat().st_size, f.stat().st_mtime_ns) for n, f in zip(names, members, strict=True))]
 
 
 def windows_of(

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from effllm.checkpoint import Checkpoint, read_config, resolve
 from effllm.checkpoint.skeleton import load_config, model_class, stored_dtype
 from effllm.data.inputs import Modality, modality
-from effllm.data.text import EVALUATION_TEXT, load_tokenizer, token_windows
+from effllm.data.text import EVALUATION_TEXTS, load_tokenizer, token_windows
 from effllm.errors import EffllmError, UsageError
 from effllm.loading import load
 from effllm.measure.images import compare_images, held_out
@@ -162,7 +162,7 @@ def evaluate(
     else:
         sources = text or ["default"]
         tokenizer = load_tokenizer(folder)
-        windows = token_windows(tokenizer, sources, samples or WINDOWS, sequence_length, default=EVALUATION_TEXT)
+        windows = token_windows(tokenizer, sources, samples or WINDOWS, sequence_length, packaged=EVALUATION_TEXTS)
         if other is not None and load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
             raise EffllmError(f"{name} and {model} have different tokenizers; name the model it was compressed from")
         running = measure_run(folder, device)

@@ -19,12 +19,12 @@ from effllm.data.inputs import folder_batches
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
 from effllm.hf import EffllmConfig
-from effllm.journal import edit_entries
+from effllm.journal import edit_entries, edits_in
 from effllm.method import Edit
 from effllm.plans import Calibration
 from effllm.registry import from_spec
 from effllm.resume import RunJournal, run_key
-from effllm.source import Batch, Source, StoredModel
+from effllm.source import Batch, LiveModel, StoredModel
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +70,15 @@ def applied(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
         yield
 
 
-def restructure(source: Source, edits: Sequence[Edit], batches: Sequence[Batch]) -> None:
+def restructure(model: nn.Module, edits: Sequence[Edit], batches: Sequence[Batch]) -> None:
     """Puts edits of the structure on a live model for good, with the weights that they learn."""
     for edit in edits:
-        learnt = {name: tensor for part in edit.learn(source, batches) for name, tensor in part.items()}
-        before = source.model.state_dict().keys()
-        edit.attach(source.model)
-        _refuse_other(edit, learnt, source.model.state_dict().keys() - before)
+        learnt = {name: tensor for part in edit.learn(LiveModel(model), batches) for name, tensor in part.items()}
+        before = model.state_dict().keys()
+        edit.attach(model)
+        _refuse_other(edit, learnt, model.state_dict().keys() - before)
         for name, tensor in learnt.items():
-            source.model.get_parameter(name).data.copy_(tensor)
+            model.get_parameter(name).data.copy_(tensor)
 
 
 def restructured(
@@ -99,8 +99,8 @@ def restructured(
         after = source.model.state_dict().keys()
         _refuse_other(edit, tensors, after - before)
         kept = {key: tensor for key, tensor in checkpoint.tensors.items() if source.targets[key] not in before - after}
-        done = [*edits[: edits.index(edit)], edit]
-        config = {**checkpoint.config, "quantization_config": EffllmConfig(edits=edit_entries(done)).to_dict()}
+        done = EffllmConfig(edits=edit_entries([*edits_in(checkpoint.config), edit]))
+        config = {**checkpoint.config, "quantization_config": done.to_dict()}
         checkpoint = Checkpoint(checkpoint.folder, config, kept | tensors)
     return checkpoint
 

@@ -88,9 +88,15 @@ def edits(entries: Entries) -> list[Edit]:
     return found
 
 
+def edits_in(config: dict[str, Any]) -> list[Edit]:
+    """The edits that a `config.json` names; none where effllm did not write it."""
+    ours = config.get("quantization_config") or {}
+    return edits(ours.get("edits") or []) if ours.get("quant_method") == "effllm" else []
+
+
 def restore_structure(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """`model`, as built from a `config.json`, with those edits on it that the config names and that change the structure."""
-    for edit in edits((config.get("quantization_config") or {}).get("edits") or []):
+    for edit in edits_in(config):
         if edit.structure:
             edit.attach(model)
     return model

@@ -21,7 +21,7 @@ from effllm import hf
 from effllm.checkpoint import INDEX, Checkpoint, read_config, read_header
 from effllm.data.text import text_identity
 from effllm.errors import EffllmError
-from effllm.journal import edit_entries, entries, shapes
+from effllm.journal import edit_entries, edits_in, entries, shapes
 from effllm.method import Codec
 from effllm.plans import Plan
 from effllm.resume import run_key
@@ -123,7 +123,7 @@ class Output:
             plan=self.plan.model_dump(mode="json", exclude_defaults=True),
             source={"model": self.name, "key": self.key},
             checksums=checksums,
-            edits=edit_entries(self.plan.edits()),
+            edits=edit_entries([*edits_in(self.checkpoint.config), *self.plan.edits()]),
         )
         _write_json(self.partial / "config.json", {**config, "quantization_config": quantization.to_dict()})
 

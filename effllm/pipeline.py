@@ -68,7 +68,7 @@ def compress(
     wanted = load_plan(plan)
     refuse_misfit(model, wanted)
     batches = live_batches(model, wanted, calibration, tokenizer) if wanted.needs_data else []
-    restructure(LiveModel(model), wanted.structure(), batches)
+    restructure(model, wanted.structure(), batches)
     source = LiveModel(model)
     with tempfile.TemporaryDirectory(prefix="effllm-") as folder:
         priced = price_live(wanted, model, batches, Path(folder)) if wanted.priced else None

@@ -54,7 +54,8 @@ def test_it_is_listed_and_compresses(installed: dict[str, str], tmp_path: Path) 
 
 
 def test_it_keeps_the_contract(installed: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/test_methods.py", "-k", "onebit", "-p", "no:cacheprovider"]
+    files = ["tests/test_methods.py", "tests/test_families.py", "tests/test_edits.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-k", "onebit", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=installed, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -149,6 +149,19 @@ def test_an_edit_learns_new_weights_which_codecs_find_and_the_folder_keeps(tmp_p
     torch.testing.assert_close(live(input_ids=windows).logits, loaded(input_ids=windows).logits, atol=1e-3, rtol=1e-3)
 
 
+def test_edits_of_a_folder_stay_where_its_weights_are_encoded_later(tmp_path):
+    folder = save(tiny_llama(layers=3), tmp_path / "model")
+    skip = {"steps": [{"apply": "skip_block:block=1"}]}
+    effllm.compress_folder(folder, tmp_path / "skipping", skip)
+    effllm.compress_folder(tmp_path / "skipping", tmp_path / "out", "uniform-8bit")
+    effllm.compress_folder(folder, tmp_path / "plain", "uniform-8bit")
+    loaded, plain = effllm.load(tmp_path / "out"), effllm.load(tmp_path / "plain")
+    tokens = torch.tensor([[1, 2, 3]])
+    assert codec_modules(loaded) and not torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+    effllm.apply(plain, "skip_block:block=1")
+    assert torch.equal(loaded(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+
+
 def test_a_budget_is_spent_on_the_edited_model(tmp_path):
     folder = save(tiny_llama(tied=False, initializer_range=0.05, layers=2), tmp_path / "model")
     steps = [PLAN["steps"][0], {"sites": ["blocks"], "choose": ["quantize"]}]

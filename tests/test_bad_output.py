@@ -163,7 +163,7 @@ EIGHT_BITS = {"bits": 8, "group_size": 128}
             {"sites": [ENTRY | {"method": "quantise"}]},
             ["'quantise'", "did you mean 'quantize'?", "upgrade effllm", "install the package"],
         ),
-        "score as a codec": ({"sites": [ENTRY | {"method": "lim"}]}, ["unknown codec 'lim'"]),
+        "score as a codec": ({"sites": [ENTRY | {"method": "lim"}]}, ["lim is no codec: it is a score"]),
         "unknown setting": ({"sites": [ENTRY | {"settings": {"bit": 4}}]}, ["'bit'", "did you mean 'bits'?"]),
         "width": ({"sites": [ENTRY | {"settings": {"bits": 9}}]}, ["bits = 9", "or equal to 8"]),
         "no path": ({"sites": [ENTRY | {"sites": ["a b"]}]}, ["'a b'", "no module path"]),

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import effllm
 from effllm.checkpoint import Checkpoint, StoredTensor, read_header
 from effllm.checkpoint.tensors import write_tensors
 from effllm.data.caching import cache_folder
-from effllm.data.inputs import folder_batches
-from effllm.data.text import text_identity
+from effllm.data.inputs import data_key, folder_batches
 from effllm.errors import EffllmError
 from effllm.hf import EffllmConfig
 from effllm.journal import edit_entries, edits_in
 from effllm.method import Edit
 from effllm.plans import Calibration
 from effllm.registry import from_spec
-from effllm.resume import RunJournal, run_key
+from effllm.resume import RunJournal
 from effllm.source import Batch, LiveModel, StoredModel
 
 logger = logging.getLogger(__name__)
@@ -107,30 +105,21 @@ def restructured(
 
 def _learnt(source: StoredModel, edit: Edit, calibration: Calibration, seed: int) -> dict[str, StoredTensor]:
     """The weights that an edit learns, in files of the cache."""
-    key = run_key(
-        source=source.checkpoint.identity(),
-        edit=edit_entries([edit]),
-        calibration=calibration.model_dump(mode="json") if edit.needs_data else None,
-        text=[text_identity(text) for text in calibration.sources] if edit.needs_data else None,
-        device=source.device.type,
-        threads=torch.get_num_threads(),
-        version=effllm.__version__,
-        seed=seed,
-    )
+    data = calibration if edit.needs_data else None
+    key = data_key(source.checkpoint, data, source.device, seed, edit=edit_entries([edit]))
     journal = RunJournal(cache_folder("edits") / key[:16], key)
     with journal.claim("learn"):
         if journal.find("learnt", "all") is None:
             logger.info("%s learns its weights", edit.label())
-            batches = folder_batches(calibration, source.model, source.checkpoint.folder) if edit.needs_data else []
-            parts = 0
-            for part in edit.learn(source, batches):
+            batches = folder_batches(data, source.model, source.checkpoint.folder) if data else []
+            files = []
+            for number, part in enumerate(edit.learn(source, batches)):
+                files.append(f"part-{number}.safetensors")
                 tensors = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in part.items()}
-                write_tensors(journal.folder / f"part-{parts}.safetensors", tensors)
-                parts += 1
-            journal.add("learnt", "all", parts=parts)
-        count = journal.all("learnt")["all"]["parts"]
-    files = [journal.folder / f"part-{number}.safetensors" for number in range(count)]
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
+                write_tensors(journal.folder / files[-1], tensors)
+            journal.add("learnt", "all", files=files)
+        files = journal.all("learnt")["all"]["files"]
+    return {name: tensor for file in files for name, tensor in read_header(journal.folder / file).items()}
 
 
 def _refuse_other(edit: Edit, learnt: Iterable[str], added: set[str]) -> None:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import effllm
 from effllm.checkpoint.checksum import checksum, to_text
 from effllm.errors import EffllmError, UsageError
-from effllm.journal import Entries, codecs, edit_entries, edits, entries, shapes
+from effllm.journal import Entries, attach_edits, codecs, edit_entries, edits, entries, shapes
 from effllm.layers import tie
 from effllm.layers.experts import CodecExpertGroup
 from effllm.layers.placing import attach, by_parameter, codec_modules, decode_all, encode, install
@@ -104,10 +104,10 @@ class EncodeOnLoad(ConversionOps):
         self.assigned = wanted.assign(self.sites, {})
         self.members = by_parameter(self.sites, self.assigned)
         self.edits = wanted.edits()
-        learnt = next((edit for edit in self.edits if edit.structure), None)
-        if learnt is not None:
+        if wanted.structure():
             raise UsageError(
-                f"{learnt.label()} learns new weights, which cannot be done while loading: use effllm.compress after it"
+                f"{wanted.structure()[0].label()} learns new weights, which cannot be done while loading: use "
+                "effllm.compress after it"
             )
 
     def convert(  # type: ignore[override]
@@ -135,7 +135,7 @@ class EffllmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
-            self._attach_edits(model, structure=True)
+            attach_edits(model, edits(self.quantization_config.edits), structure=True)
             attach(model, codecs(self.quantization_config.sites))
             _ignore_guard(model)
         else:
@@ -164,13 +164,8 @@ class EffllmQuantizer(HfQuantizer):
                         "download it again"
                     )
         model.add_model_tags("effllm")
-        self._attach_edits(model, structure=False)
+        attach_edits(model, edits(self.quantization_config.edits), structure=False)
         return model
-
-    def _attach_edits(self, model: PreTrainedModel, structure: bool) -> None:
-        for edit in edits(self.quantization_config.edits):
-            if edit.structure == structure:
-                edit.attach(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         self.quantization_config.source = self.quantization_config.source or _source(model)

@@ -96,10 +96,15 @@ def edits_in(config: dict[str, Any]) -> list[Edit]:
 
 def restore_structure(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """`model`, as built from a `config.json`, with those edits on it that the config names and that change the structure."""
-    for edit in edits_in(config):
-        if edit.structure:
-            edit.attach(model)
+    attach_edits(model, edits_in(config), structure=True)
     return model
+
+
+def attach_edits(model: nn.Module, edits: Iterable[Edit], structure: bool) -> None:
+    """Attaches those of `edits` that change which weights there are, or those that do not."""
+    for edit in edits:
+        if edit.structure == structure:
+            edit.attach(model)
 
 
 def _method(entry: dict[str, Any], kind: type[Any]) -> Any:

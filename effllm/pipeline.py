@@ -18,6 +18,7 @@ from effllm.data.inputs import live_batches
 from effllm.data.text import Document
 from effllm.edits import applied, restructure
 from effllm.errors import EffllmError, UsageError
+from effllm.journal import attach_edits
 from effllm.layers.placing import (
     Members,
     Stored,
@@ -93,9 +94,7 @@ def compress(
     if refits_norms(model, wanted):
         refit_norms(model, batches)
     hf.mark_compressed(model, source.sites, assigned, wanted)
-    for edit in wanted.edits():
-        if not edit.structure:
-            edit.attach(model)
+    attach_edits(model, wanted.edits(), structure=False)
     model.effllm_report = {name: codec.label() for name, codec in assigned.items()}  # type: ignore[assignment]
     return model
 

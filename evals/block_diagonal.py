@@ -19,10 +19,11 @@ from pathlib import Path
 
 from allocation import SINGLE, spearman
 from peers import write_atomically
+from stages import planned
 
 from effllm.allocation.spending import Priced, price_folder
 from effllm.checkpoint import Checkpoint, resolve
-from effllm.plans import Plan, load_plan
+from effllm.plans import Plan
 from effllm.statistics import sums
 
 
@@ -48,9 +49,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="columns of a run")
     parser.add_argument("--budget", default="3.25bpw")
     arguments = parser.parse_args()
-    step = {"sites": ["blocks"], "choose": ["quantize"]}
-    plan = load_plan({"budget": arguments.budget, "steps": [step]})
-    plan = plan.override(excludes=["embeddings", "head"], samples=arguments.samples, sources=["books"])
+    plan = planned(["quantize"], arguments.samples, budget=arguments.budget)
     checkpoint = Checkpoint.open(resolve(arguments.model))
     whole, runs = price_folder(plan, checkpoint), priced_by_runs(plan, checkpoint, arguments.width)
     assert whole.prices is not None and runs.prices is not None

@@ -12,21 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import effllm
 from effllm.allocation import Solution, solve
 from effllm.allocation.footprint import Footprint, header_bytes, weights_within
 from effllm.budget import Budget
 from effllm.checkpoint import Checkpoint
 from effllm.data.caching import cache_folder
-from effllm.data.inputs import folder_batches
-from effllm.data.text import text_identity
+from effllm.data.inputs import data_key, folder_batches
 from effllm.errors import UsageError
 from effllm.method import Codec
 from effllm.plans import Plan, Step
 from effllm.price import relative_error
 from effllm.price.collect import Options, Prices, collect_prices, kept_sums
 from effllm.progress import track
-from effllm.resume import run_key
 from effllm.site import select, untied
 from effllm.source import Batch, LiveModel, Source, StoredModel, in_dtype
 from effllm.statistics.again import Seen, moments_again
@@ -159,15 +156,7 @@ def _collected(plan: Plan, source: Source, batches: Sequence[Batch], folder: Pat
 
 def price_key(plan: Plan, checkpoint: Checkpoint, device: torch.device, seed: int) -> str:
     """Identifies prices: what they were found on, and how."""
-    return run_key(
-        source=checkpoint.identity(),
-        calibration=plan.calibration.model_dump(mode="json"),
-        text=[text_identity(text) for text in plan.calibration.sources],
-        device=device.type,
-        threads=torch.get_num_threads(),
-        version=effllm.__version__,
-        seed=seed,
-    )
+    return data_key(checkpoint, plan.calibration, device, seed)
 
 
 def price_live(plan: Plan, model: nn.Module, batches: Sequence[Batch], folder: Path, seed: int = 0) -> Priced:

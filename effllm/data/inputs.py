@@ -6,19 +6,22 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from effllm.checkpoint import resolve
+import effllm
+from effllm.checkpoint import Checkpoint, resolve
 from effllm.data.images import image_batches
 from effllm.data.own import own_windows
 from effllm.data.pairs import holds_pairs, pair_batches
 from effllm.data.speech import speech_batches
-from effllm.data.text import Document, load_tokenizer, split_weight, token_windows, windows_of
+from effllm.data.text import Document, load_tokenizer, split_weight, text_identity, token_windows, windows_of
 from effllm.errors import UsageError
 from effllm.plans import Calibration, Plan
+from effllm.resume import run_key
 from effllm.source import Batch
 
 BATCH = 8  # calibration inputs per forward: part of the result's bits, so fixed
@@ -63,6 +66,22 @@ def calibration_batches(
     tokens = token_windows(tokenizer, settings.sources, settings.samples, settings.sequence_length, own=own)
     logger.info("calibration: %s, %d x %d tokens", ", ".join(settings.sources), *tokens.shape)
     return [{"input_ids": part} for part in tokens.split(BATCH)]
+
+
+def data_key(
+    checkpoint: Checkpoint, calibration: Calibration | None, device: torch.device, seed: int, **facts: Any
+) -> str:
+    """Identifies what is found in a checkpoint on calibration data (None where it takes none), and `facts` beside."""
+    return run_key(
+        source=checkpoint.identity(),
+        calibration=calibration.model_dump(mode="json") if calibration else None,
+        text=[text_identity(text) for text in calibration.sources] if calibration else None,
+        device=device.type,
+        threads=torch.get_num_threads(),
+        version=effllm.__version__,
+        seed=seed,
+        **facts,
+    )
 
 
 def folder_batches(settings: Calibration, model: PreTrainedModel, folder: Path) -> list[Batch]:

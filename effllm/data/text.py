@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -68,21 +68,23 @@ def token_windows(
             if own is None or count is None:
                 raise UsageError("text of the model's own ('self') is for calibration of a model folder")
             windows.append(own(count, length))
-        elif source == DEFAULT and DEFAULT not in packaged:
-            windows.append(_in_turns(tokenizer, [packaged_text(name) for name in packaged.values()], count, length))
         else:
-            path = packaged_text(packaged[source]) if _is_packaged(source, packaged) else source
-            windows.append(windows_of(tokenizer, documents(path), count, length, str(path)))
+            texts: Sequence[str | Path] = _in_package(source, packaged) or [source]
+            windows.append(_in_turns(tokenizer, texts, count, length))
     return torch.cat(windows)
 
 
-def _is_packaged(source: str, packaged: Mapping[str, str]) -> bool:
-    """A file or folder of the same name is what is meant."""
-    return source in packaged and (source == DEFAULT or not Path(source).exists())
+def _in_package(source: str, packaged: Mapping[str, str]) -> list[Path]:
+    """The files of the package that a source names, all of them by `default`; a file or folder of another's name wins."""
+    if source == DEFAULT:
+        return [packaged_text(name) for name in packaged.values()]
+    return [packaged_text(packaged[source])] if source in packaged and not Path(source).exists() else []
 
 
-def _in_turns(tokenizer: PreTrainedTokenizerBase, texts: list[Path], count: int | None, length: int) -> Tensor:
-    """Windows of several texts, one of each after the other."""
+def _in_turns(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Path], count: int | None, length: int
+) -> Tensor:
+    """Windows of one text, or of several, one of each after the other."""
     shares = [None if count is None else -(-(count - place) // len(texts)) for place in range(len(texts))]
     found = [
         windows_of(tokenizer, documents(text), share, length, str(text))
@@ -112,9 +114,8 @@ def text_identity(source: str) -> list[Any]:
     name = split_weight(source)[0]
     if name == SELF:
         return [source]
-    if name == DEFAULT or _is_packaged(name, CALIBRATION_TEXTS):
-        files = [packaged_text(CALIBRATION_TEXTS[key]) for key in CALIBRATION_TEXTS if name in (key, DEFAULT)]
-        return [source, *((file.name, file.stat().st_size) for file in files)]
+    if shipped := _in_package(name, CALIBRATION_TEXTS):
+        return [source, *((file.name, file.stat().st_size) for file in shipped)]
     path = Path(name)
     members = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in members]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from effllm.allocation.spending import price_folder
 from effllm.checkpoint import Checkpoint, aliases, resolve
-from effllm.checkpoint.skeleton import model_class, skeleton, stored_dtype
+from effllm.checkpoint.skeleton import model_class, skeleton
 from effllm.data.inputs import refuse_default
 from effllm.edits import applied, restructured
 from effllm.errors import UsageError
@@ -124,9 +124,12 @@ def _within_budget(
     if isinstance(model, PreTrainedModel):
         raise UsageError("a budget is planned for a model folder; of a live model, effllm.compress spends it at once")
     checkpoint = Checkpoint.open(resolve(model, revision))
-    refuse_default(wanted, skeleton(checkpoint.config, stored_dtype(checkpoint)))
-    edited = restructured(checkpoint, wanted.structure(), wanted.calibration, torch.device(device), seed)
-    stored, priced = StoredModel(edited), price_folder(wanted, edited, device, seed)
+    stored = StoredModel(checkpoint)
+    refuse_default(wanted, stored.model)
+    if wanted.structure():
+        where = torch.device(device)
+        stored = StoredModel(restructured(checkpoint, wanted.structure(), wanted.calibration, where, seed))
+    priced = price_folder(wanted, stored.checkpoint, device, seed)
     solution = priced.solution(stored.model, checkpoint.stored_bytes, stored.unloaded)
     concrete = priced.concrete(solution)
     found = _describe(str(model), stored.model, concrete, context, stored.unloaded)
